@@ -1,0 +1,19 @@
+"""The one exception a row may fail with: it becomes the row's `error` column, never the end of the job."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+ErrorKind = Literal["fetch", "decode", "too_large", "prompt", "too_long", "oom", "generate", "crash"]
+
+
+class RowError(Exception):
+    """A failure of one row. `kind` says what is wrong with it and `message` says it to a person."""
+
+    def __init__(self, kind: ErrorKind, message: str) -> None:
+        super().__init__(message)
+        self.kind: ErrorKind = kind
+        self.message = message
+
+    def __reduce__(self) -> tuple[type[RowError], tuple[ErrorKind, str]]:
+        return type(self), (self.kind, self.message)
