@@ -1,0 +1,21 @@
+"""Engines turn token ids and pixels into text. `build_engine` is the one place that knows their names."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from transformers import PreTrainedModel
+
+from actors.engine.reference import ReferenceEngine
+from actors.engine.types import Completion, Engine, Request, Sampling, row_seed
+from actors.families.base import Family
+
+EngineName = Literal["continuous", "reference"]
+
+__all__ = ["Completion", "Engine", "EngineName", "Request", "Sampling", "build_engine", "row_seed"]
+
+
+def build_engine(name: EngineName, family: Family, model: PreTrainedModel) -> Engine:
+    """The engine of that name over a loaded model. Until the continuous engine lands both names give the
+    reference engine, which makes the same tokens."""
+    return ReferenceEngine(family, model)
