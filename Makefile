@@ -1,5 +1,4 @@
 # make demo | test | lint | clean. Each creates what it needs, once: .venv with python -m venv and pip.
-# On a machine without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves downloading CUDA.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

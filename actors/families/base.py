@@ -1,0 +1,250 @@
+"""What every model family is made of.
+
+The one idea: a family turns (image sizes, messages) into integers before any pixel or weight is touched.
+`layout` is the only place where token arithmetic exists; tiling, prompts, admission and planning use it.
+
+To add a family: subclass `Family`, give `image_defaults`, `placeholder`, `layout`, `tile`, `model_inputs`
+and `embed_images`, and register it in `actors/families/__init__.py`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from jinja2 import TemplateError
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from actors.families.checkpoint import Checkpoint, CheckpointError
+from actors.images.normalize import PixelTable
+
+Message = Mapping[str, Any]
+"""{"role": str, "content": [{"type": "image"} | {"type": "text", "text": str}, ...]}"""
+Size = tuple[int, int]
+"""(height, width) in pixels."""
+
+
+class PromptError(ValueError):
+    """Messages that cannot become a prompt: the row's error kind "prompt"."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageLayout:
+    """How one image is cut and what it costs; integers only, known from the image's size alone."""
+
+    size: Size
+    """(height, width) of the decoded image."""
+    grid: tuple[int, int]
+    """Rows and columns of tiles; each family documents what (0, 0) and (1, 1) mean to it."""
+    tiles: int
+    """Leading dimension of `Family.tile`'s result."""
+    tokens: int
+    """Placeholder ids in the prompt == features of the image."""
+
+
+class Family(ABC):
+    """One checkpoint's image and text rules: tokenizer, processor config, chat template; no weights."""
+
+    name: ClassVar[str]
+    """The config's model_type."""
+    image_defaults: ClassVar[Mapping[str, Any]]
+    """The stock image processor's defaults, for fields that the checkpoint omits or sets to null."""
+
+    tile_shape: tuple[int, int, int]
+    """(3, h, w) of every tile."""
+    image_token_id: int
+    """The id that holds an image feature's place."""
+    eos_token_ids: frozenset[int]
+    """Ids that end a caption."""
+    placeholder: str
+    """What the chat template writes for one image."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.path = checkpoint.path
+        self.tokenizer = checkpoint.tokenizer
+        self.chat_template = checkpoint.chat_template
+        self.eos_token_ids = checkpoint.eos_token_ids
+        self.image_token_id = int(checkpoint.config.image_token_id)
+        self.max_positions = int(checkpoint.config.get_text_config().max_position_embeddings)
+        """Tokens that prompt and caption may have together."""
+        given = {key: value for key, value in checkpoint.image_processor.items() if value is not None}
+        self.image_config: dict[str, Any] = {**self.image_defaults, **given}
+        self.normalize = PixelTable(
+            self.image_config["image_mean"],
+            self.image_config["image_std"],
+            self.image_config.get("rescale_factor", 1 / 255),
+            self.image_config.get("do_rescale", True),
+            self.image_config.get("do_normalize", True),
+        )
+        """uint8 pixels -> normalised floats on their device."""
+
+    @abstractmethod
+    def layout(self, sizes: Sequence[Size]) -> tuple[ImageLayout, ...]:
+        """Lay out all images of ONE row, from their (height, width)."""
+
+    @abstractmethod
+    def tile(self, image: Tensor, layout: ImageLayout) -> Tensor:
+        """Cut one image: uint8 `[3, H, W]` -> uint8 `[layout.tiles, *tile_shape]`, on the CPU."""
+
+    @abstractmethod
+    def model_inputs(self, pixels: Tensor, layouts: Sequence[ImageLayout]) -> dict[str, Tensor]:
+        """What the stock `generate` takes beside `input_ids` for ONE row; pixel values in float32.
+
+        `pixels`: uint8 `[sum of tiles, *tile_shape]` on the model's device, images in order. At least one
+        image: a text-only row has no image inputs.
+        """
+
+    @abstractmethod
+    def embed_images(
+        self, model: PreTrainedModel, pixels: Tensor, layouts: Sequence[ImageLayout]
+    ) -> list[Tensor]:
+        """Encode images, of one row or of many: one `[tokens, D]` tensor per image, in order.
+
+        `pixels` as in `model_inputs`. Raises ValueError naming the image whose feature count is not its
+        `layout.tokens`.
+        """
+
+    def image_ids(self, layout: ImageLayout) -> NDArray[np.int32]:
+        """Ids that stand in the prompt for one image: its placeholders and any markers among them."""
+        return np.full(layout.tokens, self.image_token_id, dtype=np.int32)
+
+    @property
+    def anchor(self) -> str:
+        """Text tokenised in place of `placeholder`; exactly one of its ids is `image_token_id`."""
+        return self.placeholder
+
+    @property
+    def reserved(self) -> tuple[str, ...]:
+        """Strings that users' text must not contain, because they would be taken for an image."""
+        return (self.placeholder,)
+
+    def prompt(self, messages: Sequence[Message], layouts: Sequence[ImageLayout]) -> NDArray[np.int32]:
+        """Messages and their images' layouts, in order of appearance -> int32 `[L]` prompt ids.
+
+        The chat is rendered and tokenised once, unexpanded; image ids are then spliced in. The result equals
+        the stock `processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)`.
+        Raises PromptError.
+        """
+        self._check(messages, len(layouts))
+        text = self.render(messages)
+        if text.count(self.placeholder) != len(layouts):
+            raise PromptError(
+                f"the rendered chat holds {self.placeholder!r} {text.count(self.placeholder)} times "
+                f"for {len(layouts)} images"
+            )
+        ids = self.tokenize(text.replace(self.placeholder, self.anchor))
+        return self.splice(ids, layouts)
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The chat as text, one `placeholder` an image, open for the assistant's answer."""
+        if self.chat_template is None:
+            raise CheckpointError(
+                f"{self.path}: the checkpoint has no chat template "
+                "(chat_template.jinja, chat_template.json or in tokenizer_config.json)"
+            )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                chat_template=self.chat_template,
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            raise PromptError(f"the chat template refuses the messages: {error}") from error
+        return str(text)
+
+    def tokenize(self, text: str) -> NDArray[np.int32]:
+        """Text -> int32 ids. Special tokens are added unless the text begins with BOS, as stock does it."""
+        bos = self.tokenizer.bos_token
+        add_special_tokens = bos is None or not text.startswith(bos)
+        ids = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+        return np.asarray(ids, dtype=np.int32)
+
+    def splice(self, ids: NDArray[np.int32], layouts: Sequence[ImageLayout]) -> NDArray[np.int32]:
+        """Replace the i-th `image_token_id` of `ids` by `image_ids(layouts[i])`."""
+        places = np.flatnonzero(ids == self.image_token_id)
+        if len(places) != len(layouts):
+            raise PromptError(f"the prompt's text makes {len(places)} image placeholders for {len(layouts)} images")
+        parts: list[NDArray[np.int32]] = []
+        start = 0
+        for place, layout in zip(places, layouts, strict=True):
+            parts += [ids[start:place], self.image_ids(layout)]
+            start = place + 1
+        return np.concatenate([*parts, ids[start:]])
+
+    def decode(self, token_ids: Sequence[int] | NDArray[np.int32]) -> str:
+        """Generated ids -> caption text, special tokens skipped."""
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def token_id(self, token: str) -> int:
+        """The id of a token of the vocabulary; CheckpointError where the tokenizer does not know it."""
+        found = self.tokenizer.convert_tokens_to_ids(token)
+        if found is None or (found == self.tokenizer.unk_token_id and token != self.tokenizer.unk_token):
+            raise CheckpointError(f"{self.path}: the tokenizer has no token {token!r}")
+        return int(found)
+
+    def require_image_token(self, token: str) -> None:
+        """Refuse a checkpoint whose tokenizer and config disagree on the image token."""
+        if self.token_id(token) != self.image_token_id:
+            raise CheckpointError(
+                f"{self.path}: {token!r} is id {self.token_id(token)} to the tokenizer, "
+                f"but config.json's image token is {self.image_token_id}"
+            )
+
+    def _check(self, messages: Sequence[Message], images: int) -> None:
+        if not messages:
+            raise PromptError("there are no messages")
+        if image_slots(messages) != images:
+            raise PromptError(f"the messages have {image_slots(messages)} image slots for {images} images")
+        for text in texts(messages):
+            for string in self.reserved:
+                if string in text:
+                    raise PromptError(f"the text contains {string!r}, which stands for an image to this model")
+
+
+def check_features(features: Sequence[Tensor], layouts: Sequence[ImageLayout]) -> list[Tensor]:
+    """`features` as a list, once each image's count is its layout's `tokens`; else ValueError naming the image."""
+    for index, (feature, layout) in enumerate(zip(features, layouts, strict=True)):
+        if feature.shape[0] != layout.tokens:
+            raise ValueError(
+                f"image {index} ({layout.size[0]} x {layout.size[1]}) has {feature.shape[0]} features for "
+                f"{layout.tokens} placeholder tokens: processor config and model config disagree"
+            )
+    return list(features)
+
+
+def vision_dtype(model: PreTrainedModel) -> torch.dtype:
+    """The dtype that pixel values must have: the vision tower's, or the model's where it has no tower."""
+    inner = getattr(model, "model", model)
+    tower = getattr(inner, "vision_tower", None)
+    return next((model if tower is None else tower).parameters()).dtype
+
+
+def user_message(text: str, images: int = 0) -> dict[str, Any]:
+    """A user's turn: `images` image slots, then the text."""
+    slots: list[dict[str, str]] = [{"type": "image"} for _ in range(images)]
+    return {"role": "user", "content": [*slots, {"type": "text", "text": text}]}
+
+
+def text_message(role: str, text: str) -> dict[str, Any]:
+    """A turn of text alone, e.g. of role "system" or "assistant"."""
+    return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
+def image_slots(messages: Sequence[Message]) -> int:
+    """How many images the messages ask for."""
+    return sum(part.get("type") == "image" for message in messages for part in _parts(message))
+
+
+def texts(messages: Sequence[Message]) -> list[str]:
+    """Every text of the messages, in order."""
+    return [str(part["text"]) for message in messages for part in _parts(message) if part.get("type") == "text"]
+
+
+def _parts(message: Message) -> Sequence[Mapping[str, Any]]:
+    content = message.get("content") or []
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content

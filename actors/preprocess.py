@@ -1,0 +1,161 @@
+"""Preprocess: a CPU actor that turns encoded images and prompts into tiles and token ids.
+
+It holds a `Family` (tokenizer and processor config, no weights) and maps one block to one block. Whatever goes
+wrong with a row is written into that row's `error` column; the block always comes out whole.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from actors.columns import (
+    ERROR,
+    ERROR_TYPE,
+    IDENTITY,
+    IMAGES,
+    PIXELS,
+    SIZES,
+    TOKEN_IDS,
+    error_value,
+)
+from actors.errors import RowError
+from actors.families import load_family
+from actors.families.base import Message, PromptError, image_slots, text_message
+from actors.images.decode import ImageError, decode
+
+
+@dataclass(frozen=True, slots=True)
+class PreprocessConfig:
+    """What a Preprocess actor is built from: a checkpoint, how a row becomes a prompt, and limits.
+
+    Attributes:
+        prompt_column: Column with each row's prompt (text or a list of chat messages); None: use `template`.
+        template: Without a prompt column: a prompt in which {column} is filled from the row.
+        template_columns: The columns that `template` names.
+        keep: Input columns that travel on to the output.
+        max_pixels: Largest image, height x width, that is decoded.
+        max_new_tokens: Room that the caption needs behind the prompt.
+    """
+
+    model_path: str
+    revision: str | None
+    prompt_column: str | None
+    template: str
+    template_columns: tuple[str, ...]
+    system: str | None
+    keep: tuple[str, ...]
+    max_pixels: int
+    max_new_tokens: int
+
+    @property
+    def prompt_columns(self) -> tuple[str, ...]:
+        """The input columns a prompt is made from."""
+        return (self.prompt_column,) if self.prompt_column else self.template_columns
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    token_ids: np.ndarray
+    pixels: np.ndarray
+    sizes: list[tuple[int, int]]
+
+
+class Preprocess:
+    """Maps a block of the source's columns to a block for `Generate` (the columns: actors/columns.py)."""
+
+    def __init__(self, config: PreprocessConfig) -> None:
+        # One replica, one core: parallelism comes from replicas, and more threads would only fight over cores.
+        torch.set_num_threads(1)
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        self.config = config
+        self.family = load_family(config.model_path, config.revision)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        values = {name: block[name].to_pylist() for name in self.config.prompt_columns}
+        images, errors = block[IMAGES], block[ERROR].to_pylist()
+        rows: list[_Prepared | None] = []
+        for index in range(block.num_rows):
+            prepared = None
+            if errors[index] is None:
+                row = {name: column[index] for name, column in values.items()}
+                try:
+                    prepared = self._prepare([image.as_buffer() for image in images[index]], row)
+                except (RowError, ImageError) as error:
+                    errors[index] = error_value(error.kind, "preprocess", str(error))
+                except PromptError as error:
+                    errors[index] = error_value("prompt", "preprocess", str(error))
+            rows.append(prepared)
+        return self._assemble(block, rows, errors)
+
+    def _prepare(self, images: Sequence[pa.Buffer], row: Mapping[str, Any]) -> _Prepared:
+        # The prompt first: it is cheap, and a row without one is not worth decoding.
+        messages = self._messages(row, len(images))
+        pictures = [decode(image.to_pybytes(), self.config.max_pixels) for image in images]
+        sizes = [(picture.shape[1], picture.shape[2]) for picture in pictures]
+        layouts = self.family.layout(sizes)
+        token_ids = self.family.prompt(messages, layouts)
+        room = self.family.max_positions
+        if len(token_ids) + self.config.max_new_tokens > room:
+            raise RowError(
+                "too_long",
+                f"{len(token_ids)} prompt tokens and max_new_tokens={self.config.max_new_tokens} exceed the "
+                f"model's {room} positions",
+            )
+        tiles = [self.family.tile(picture, layout) for picture, layout in zip(pictures, layouts, strict=True)]
+        pixels = torch.cat(tiles).numpy() if tiles else np.empty((0, *self.family.tile_shape), np.uint8)
+        return _Prepared(token_ids, pixels, sizes)
+
+    def _messages(self, row: Mapping[str, Any], images: int) -> list[Message]:
+        column = self.config.prompt_column
+        prompt = row[column] if column else self._fill_template(row)
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        if not prompt:
+            raise RowError("prompt", f"column {column!r} holds no prompt ({prompt!r})")
+        messages = [_message(turn) for turn in prompt]
+        if self.config.system is not None:
+            messages.insert(0, text_message("system", self.config.system))
+        if images and not image_slots(messages):
+            _place_images(messages, images)
+        return messages
+
+    def _fill_template(self, row: Mapping[str, Any]) -> str:
+        for name in row:
+            if row[name] is None:
+                raise RowError("prompt", f"prompt.template needs column {name!r}, which is null in this row")
+        return self.config.template.format_map(row)
+
+    def _assemble(self, block: pa.Table, rows: Sequence[_Prepared | None], errors: list[Any]) -> pa.Table:
+        columns = {name: block[name] for name in (*self.config.keep, *IDENTITY)}
+        columns[TOKEN_IDS] = pa.array([row and row.token_ids for row in rows], pa.list_(pa.int32()))
+        # A buffer per row, one copy into the column: pixels are by far most of the bytes that flow.
+        columns[PIXELS] = pa.array([row and row.pixels.reshape(-1).data for row in rows], pa.large_binary())
+        columns[SIZES] = pa.array([row and row.sizes for row in rows], pa.list_(pa.list_(pa.int32())))
+        columns[ERROR] = pa.array(errors, ERROR_TYPE)
+        return pa.table(columns)
+
+
+def _message(turn: Any) -> Message:
+    if not isinstance(turn, Mapping) or "role" not in turn or turn.get("content") is None:
+        raise RowError("prompt", f"a chat message needs role and content, found {turn!r:.200}")
+    if isinstance(turn["content"], str):
+        return text_message(turn["role"], turn["content"])
+    parts = [{key: value for key, value in part.items() if value is not None} for part in turn["content"]]
+    return {"role": turn["role"], "content": parts}
+
+
+def _place_images(messages: list[Message], images: int) -> None:
+    """Puts the row's images before the first user turn's text, where no turn says its own places."""
+    for index, message in enumerate(messages):
+        if message["role"] == "user":
+            slots = [{"type": "image"}] * images
+            messages[index] = {**message, "content": [*slots, *message["content"]]}
+            return
+    raise RowError("prompt", "the chat has images but no user turn to show them in")
