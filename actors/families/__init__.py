@@ -1,0 +1,76 @@
+"""The model families Tessera serves, and how a checkpoint finds its own.
+
+The one idea: config.json's model_type names the family; a family's module is imported only when asked for.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from actors.families.base import (
+    Family,
+    ImageLayout,
+    Message,
+    PromptError,
+    image_slots,
+    text_message,
+    user_message,
+)
+from actors.families.checkpoint import CheckpointError, read_checkpoint, read_model_type
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+FAMILIES = {
+    "aria": ("actors.families.aria", "Aria"),
+    "aya_vision": ("actors.families.aya_vision", "AyaVision"),
+    "fuyu": ("actors.families.fuyu", "Fuyu"),
+    "llava_onevision": ("actors.families.llava_onevision", "LlavaOnevision"),
+}
+"""model_type -> (module, class)"""
+
+__all__ = [
+    "FAMILIES",
+    "CheckpointError",
+    "Family",
+    "ImageLayout",
+    "Message",
+    "PromptError",
+    "image_slots",
+    "load_family",
+    "load_model",
+    "text_message",
+    "user_message",
+]
+
+
+def load_family(path: str, revision: str | None = None, trust_remote_code: bool = False) -> Family:
+    """The family of a checkpoint (local folder or hub id), without its weights. Raises CheckpointError."""
+    model_type = read_model_type(path, revision)
+    if model_type not in FAMILIES:
+        served = ", ".join(FAMILIES)
+        raise CheckpointError(f"{path}: model_type {model_type!r} is not served; Tessera serves {served}")
+    module, name = FAMILIES[model_type]
+    family: type[Family] = getattr(importlib.import_module(module), name)
+    try:
+        checkpoint = read_checkpoint(path, revision, trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise error if isinstance(error, CheckpointError) else CheckpointError(f"{path}: {error}") from error
+    return family(checkpoint)
+
+
+def load_model(
+    path: str,
+    revision: str | None = None,
+    dtype: "str | torch.dtype" = "auto",
+    device: "str | torch.device" = "cpu",
+    trust_remote_code: bool = False,
+) -> "PreTrainedModel":
+    """The checkpoint's stock model, in eval mode on `device`; `dtype` "auto" is the checkpoint's own."""
+    from transformers import AutoModelForImageTextToText
+
+    model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(
+        path, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code
+    )
+    model.requires_grad_(False)
+    return model.to(device).eval()

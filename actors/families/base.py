@@ -168,12 +168,12 @@ class Family(ABC):
         """Replace the i-th `image_token_id` of `ids` by `image_ids(layouts[i])`."""
         places = np.flatnonzero(ids == self.image_token_id)
         if len(places) != len(layouts):
-            raise PromptError(f"the prompt's text makes {len(places)} image placeholders for {len(layouts)} images")
+            raise PromptError(f"the text makes {len(places)} image placeholders for {len(layouts)} images")
         parts: list[NDArray[np.int32]] = []
         start = 0
         for place, layout in zip(places, layouts, strict=True):
             parts += [ids[start:place], self.image_ids(layout)]
-            start = place + 1
+            start = int(place) + 1
         return np.concatenate([*parts, ids[start:]])
 
     def decode(self, token_ids: Sequence[int] | NDArray[np.int32]) -> str:
@@ -203,11 +203,11 @@ class Family(ABC):
         for text in texts(messages):
             for string in self.reserved:
                 if string in text:
-                    raise PromptError(f"the text contains {string!r}, which stands for an image to this model")
+                    raise PromptError(f"the text contains {string!r}, which means an image to this model")
 
 
 def check_features(features: Sequence[Tensor], layouts: Sequence[ImageLayout]) -> list[Tensor]:
-    """`features` as a list, once each image's count is its layout's `tokens`; else ValueError naming the image."""
+    """`features`, once each image's count is its layout's `tokens`; else ValueError naming the image."""
     for index, (feature, layout) in enumerate(zip(features, layouts, strict=True)):
         if feature.shape[0] != layout.tokens:
             raise ValueError(
@@ -242,7 +242,8 @@ def image_slots(messages: Sequence[Message]) -> int:
 
 def texts(messages: Sequence[Message]) -> list[str]:
     """Every text of the messages, in order."""
-    return [str(part["text"]) for message in messages for part in _parts(message) if part.get("type") == "text"]
+    parts = [part for message in messages for part in _parts(message)]
+    return [str(part["text"]) for part in parts if part.get("type") == "text"]
 
 
 def _parts(message: Message) -> Sequence[Mapping[str, Any]]:
