@@ -11,6 +11,7 @@ overrides both by its own defaults (980, no split) unless they are passed to the
 with those defaults.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
@@ -146,5 +147,5 @@ def _fit(size: Size, canvas: Size) -> Size:
     """The largest (height, width) of the image's aspect ratio within `canvas`, rounded up."""
     scale_height, scale_width = canvas[0] / size[0], canvas[1] / size[1]
     if scale_width < scale_height:
-        return min(-int(-size[0] * scale_width // 1), canvas[0]), canvas[1]
-    return canvas[0], min(-int(-size[1] * scale_height // 1), canvas[1])
+        return min(math.ceil(size[0] * scale_width), canvas[0]), canvas[1]
+    return canvas[0], min(math.ceil(size[1] * scale_height), canvas[1])

@@ -16,14 +16,14 @@ class PixelTable:
 
     def __init__(
         self,
-        mean: Sequence[float],
-        std: Sequence[float],
+        mean: float | Sequence[float],
+        std: float | Sequence[float],
         rescale_factor: float = 1 / 255,
         do_rescale: bool = True,
         do_normalize: bool = True,
     ) -> None:
         bytes_ = torch.arange(256, dtype=torch.float32).repeat(3, 1)
-        mean_, std_ = torch.tensor(mean), torch.tensor(std)
+        mean_, std_ = torch.tensor(mean).expand(3), torch.tensor(std).expand(3)
         if do_rescale and do_normalize:
             # The stock backend folds the rescale into mean and std; the order of roundings matters.
             mean_, std_ = mean_ * (1.0 / rescale_factor), std_ * (1.0 / rescale_factor)
