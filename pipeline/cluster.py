@@ -1,0 +1,100 @@
+"""The Ray cluster a job runs on: a local one by default, an existing one where RAY_ADDRESS names it.
+
+The one idea is the preflight: a job whose actors can never all be placed would wait for ever, so what it needs
+is compared with what the cluster has (or may grow to) and refused in one sentence before anything starts.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from dataclasses import dataclass
+
+import ray
+from ray._private.state import state as ray_state
+
+from pipeline.spec import ResourcesSpec
+
+# Logical CPUs beside the actors': reads, block splitting and writes wait on storage more than they compute, so
+# fractions of a core keep them from crowding actors out on a small machine.
+IO_TASK_CPUS = 0.25
+_IO_CPUS = 1
+
+
+class ClusterError(RuntimeError):
+    """The cluster cannot be reached, or cannot hold the job's smallest set of actors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """CPUs and GPUs, logical as Ray counts them: now, and at most once the cluster has grown."""
+
+    cpus: float
+    gpus: float
+    max_cpus: float
+    max_gpus: float
+
+
+def generate_cpus(resources: ResourcesSpec) -> float:
+    """CPUs of a Generate actor: none beside a GPU (Ray would reserve one by default), one core without."""
+    return 0 if resources.generate.gpus else 1
+
+
+def required(resources: ResourcesSpec) -> tuple[float, float]:
+    """CPUs and GPUs without which the smallest actor pools and the I/O tasks cannot run side by side."""
+    generate = resources.generate
+    cpus = resources.preprocess.replicas[0] * resources.preprocess.cpus + _IO_CPUS
+    return cpus + generate.replicas[0] * generate_cpus(resources), generate.replicas[0] * generate.gpus
+
+
+def connect(resources: ResourcesSpec) -> None:
+    """Joins the cluster at RAY_ADDRESS or starts a local one; no-op when this process has joined already.
+
+    Raises ClusterError when there is none at that address.
+    """
+    if ray.is_initialized():
+        return
+    if address := os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ClusterError(f"no Ray cluster answers at RAY_ADDRESS={address}: {error}") from None
+        return
+    # A laptop runs the smallest pools even where they outnumber its cores: slower, but it works.
+    cpus = max(math.ceil(required(resources)[0]), (os.cpu_count() or 1) + _IO_CPUS)
+    ray.init(
+        address="local",
+        num_cpus=cpus,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+    )
+
+
+def capacity() -> Capacity:
+    """What the connected cluster has, and what its autoscaler (if any) may add."""
+    now = ray.cluster_resources()
+    cpus, gpus = now.get("CPU", 0.0), now.get("GPU", 0.0)
+    most = ray_state.get_max_resources_from_cluster_config() or {}
+    return Capacity(cpus, gpus, max(cpus, most.get("CPU", 0)), max(gpus, most.get("GPU", 0)))
+
+
+def preflight(resources: ResourcesSpec, found: Capacity) -> None:
+    """Raises ClusterError, in one sentence with the fix, when the smallest pools can never be placed."""
+    cpus, gpus = required(resources)
+    pools = (
+        f"resources.preprocess.replicas[0]={resources.preprocess.replicas[0]} x "
+        f"cpus={resources.preprocess.cpus:g}, resources.generate.replicas[0]={resources.generate.replicas[0]} x "
+        f"gpus={resources.generate.gpus:g}"
+    )
+    if gpus > found.max_gpus:
+        raise ClusterError(
+            f"the job needs {gpus:g} GPUs and the cluster has {found.max_gpus:g} ({pools}): ask for fewer "
+            "replicas or GPUs, or set resources.generate.gpus=0 to run on CPUs"
+        )
+    if cpus > found.max_cpus:
+        raise ClusterError(
+            f"the job needs {cpus:g} CPUs, {_IO_CPUS} of them for reads and writes, and the cluster has "
+            f"{found.max_cpus:g} ({pools}): ask for fewer replicas or CPUs, or add CPUs"
+        )

@@ -1,0 +1,158 @@
+"""The Ray Data source: reads the rows that remain, and nothing else.
+
+One read task a shard. Ray's own parquet reader packs small files into one block and cannot skip rows inside a
+file, so a resumed job would read (and starve its GPUs on) what is already done. A task here opens its shard,
+skips row groups with nothing left to do, and streams small batches, so that its memory does not depend on the
+shard's size.
+
+Blocks leave with the user's needed columns, the row's identity, and every accepted form of the image column
+turned into one: `_images`, a list of encoded files (see actors/columns.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from ray.data import Datasource, ReadTask
+from ray.data.block import BlockMetadata
+
+from actors.columns import ERROR, ERROR_TYPE, FINGERPRINT, IMAGES, ROW, SHARD, error_value
+from pipeline.rows import RowSet
+from pipeline.shards import Shard
+from pipeline.storage import Storage, StoragePathError
+
+READ_ROWS = 64  # rows decoded from parquet at once: small against a block, large against parquet's per-call cost
+_FETCHES = 16  # concurrent downloads of images given by path; they wait on the network, not on a core
+_BUFFER = 8 << 20  # bytes of a column chunk held while it streams
+
+
+@dataclass(frozen=True, slots=True)
+class ShardWork:
+    """The rows of one shard that a run has to caption."""
+
+    shard: Shard
+    rows: RowSet
+
+
+class ShardSource(Datasource):
+    """A read task for each shard with remaining rows. `columns` are the user's columns to carry along; `root` is
+    the folder that images given by path must lie under."""
+
+    def __init__(self, work: Sequence[ShardWork], image: str, columns: Sequence[str], root: str) -> None:
+        super().__init__()
+        self.work, self.image, self.columns, self.root = list(work), image, list(columns), root
+
+    def get_name(self) -> str:
+        return "Shards"
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return sum(item.shard.size for item in self.work)
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: object = None
+    ) -> list[ReadTask]:
+        return [self._task(item) for item in self.work]
+
+    def _task(self, item: ShardWork) -> ReadTask:
+        image, columns, root = self.image, self.columns, self.root  # not `self`: a task carries one shard only
+        metadata = BlockMetadata(
+            num_rows=len(item.rows), size_bytes=item.shard.size, input_files=[item.shard.url], exec_stats=None
+        )
+        return ReadTask(lambda: read_shard(item, image, columns, root), metadata)
+
+
+def read_shard(work: ShardWork, image: str, columns: Sequence[str], root: str) -> Iterator[pa.Table]:
+    """The remaining rows of a shard, in order, in tables of at most `READ_ROWS` rows."""
+    storage = Storage(root)
+    with storage.open(work.shard.path) as file:
+        parquet = pq.ParquetFile(file, buffer_size=_BUFFER)
+        wanted = list(dict.fromkeys([image, *columns]))
+        start = 0
+        for group in range(parquet.metadata.num_row_groups):
+            stop = start + parquet.metadata.row_group(group).num_rows
+            if work.rows.within(start, stop):
+                for batch in parquet.iter_batches(READ_ROWS, row_groups=[group], columns=wanted):
+                    rows = [row - start for row in work.rows.within(start, start + batch.num_rows).indices()]
+                    if rows:
+                        table = pa.Table.from_batches([batch]).take(rows)
+                        yield _block(table, work.shard, [start + row for row in rows], image, columns, storage)
+                    start += batch.num_rows
+            start = stop
+
+
+def _block(
+    table: pa.Table, shard: Shard, rows: Sequence[int], image: str, columns: Sequence[str], storage: Storage
+) -> pa.Table:
+    images, errors = _read_images(table[image], shard, storage)
+    count = table.num_rows
+    block = {name: table[name] for name in columns}
+    block[SHARD] = pa.array([shard.name] * count, pa.string())
+    block[ROW] = pa.array(rows, pa.int64())
+    block[FINGERPRINT] = pa.array([shard.fingerprint] * count, pa.string())
+    block[IMAGES] = pa.array(images, pa.list_(pa.large_binary()))
+    block[ERROR] = pa.array(errors, ERROR_TYPE)
+    return pa.table(block)
+
+
+class _Unreadable(Exception):
+    """An image of a row that has no bytes: the row's error value."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.value = error_value(kind, "read", message)
+
+
+def _read_images(
+    column: pa.ChunkedArray, shard: Shard, storage: Storage
+) -> tuple[list[list[bytes] | None], list[dict[str, str] | None]]:
+    """The encoded images of each row, or None with an error value for the row."""
+    cells = column.to_pylist()
+    by_path = any(_is_path(item) for cell in cells for item in _items(cell))
+    with ThreadPoolExecutor(_FETCHES if by_path else 1) as pool:
+
+        def read(cell: Any) -> list[bytes] | _Unreadable:
+            try:
+                return [_encoded(item, shard, storage) for item in _items(cell)]
+            except _Unreadable as error:
+                return error
+
+        results = list(pool.map(read, cells)) if by_path else [read(cell) for cell in cells]
+    images = [None if isinstance(result, _Unreadable) else result for result in results]
+    errors = [result.value if isinstance(result, _Unreadable) else None for result in results]
+    return images, errors
+
+
+def _items(cell: Any) -> list[Any]:
+    """A cell's images: an image is bytes or a {bytes, path} struct, and a cell holds one or a list of them."""
+    return cell if isinstance(cell, list) else [cell]
+
+
+def _is_path(item: Any) -> bool:
+    return isinstance(item, dict) and item.get("bytes") is None and bool(item.get("path"))
+
+
+def _encoded(item: Any, shard: Shard, storage: Storage) -> bytes:
+    if _is_path(item):
+        return _fetch(item["path"], shard, storage)
+    data = item.get("bytes") if isinstance(item, dict) else item
+    if data is None:
+        raise _Unreadable("decode", "there is no image: the cell is null")
+    return bytes(data)
+
+
+def _fetch(path: str, shard: Shard, storage: Storage) -> bytes:
+    """Reads an image named by path, relative to its shard's folder; it must stay under the input's root."""
+    folder = shard.path.rpartition("/")[0]
+    try:
+        return storage.read(f"{folder}/{path}" if folder else path)
+    except StoragePathError as error:
+        raise _Unreadable("fetch", f"image path {path!r}: {error}") from None
+    except FileNotFoundError:
+        raise _Unreadable("fetch", f"image path {path!r}: no such file beside the shard") from None
+    except OSError as error:
+        raise _Unreadable("fetch", f"image path {path!r}: {error}") from None
