@@ -66,11 +66,21 @@ def load_model(
     device: "str | torch.device" = "cpu",
     trust_remote_code: bool = False,
 ) -> "PreTrainedModel":
-    """The checkpoint's stock model, in eval mode on `device`; `dtype` "auto" is the checkpoint's own."""
+    """The checkpoint's stock model, in eval mode on `device`; `dtype` "auto" is the checkpoint's own.
+
+    Raises CheckpointError where the folder lacks some of the model's weights: stock would make them up.
+    """
     from transformers import AutoModelForImageTextToText
 
-    model: PreTrainedModel = AutoModelForImageTextToText.from_pretrained(
-        path, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code
+    if read_model_type(path, revision) == "aria":
+        from actors.families.aria_experts import accept_sequential_experts
+
+        accept_sequential_experts()
+    model, loading = AutoModelForImageTextToText.from_pretrained(
+        path, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
     )
+    if missing := sorted(loading["missing_keys"]):
+        raise CheckpointError(f"{path}: {len(missing)} weights are missing, e.g. {missing[0]}")
     model.requires_grad_(False)
-    return model.to(device).eval()
+    moved: PreTrainedModel = model.to(device).eval()
+    return moved

@@ -60,6 +60,8 @@ class Family(ABC):
     """The id that holds an image feature's place."""
     eos_token_ids: frozenset[int]
     """Ids that end a caption."""
+    max_positions: int
+    """Prompt and caption together fit in this many positions of the text model."""
     placeholder: str
     """What the chat template writes for one image."""
 
@@ -69,6 +71,7 @@ class Family(ABC):
         self.chat_template = checkpoint.chat_template
         self.eos_token_ids = checkpoint.eos_token_ids
         self.image_token_id = int(checkpoint.config.image_token_id)
+        self.max_positions = int(checkpoint.config.get_text_config().max_position_embeddings)
         self.max_positions = int(checkpoint.config.get_text_config().max_position_embeddings)
         """Tokens that prompt and caption may have together."""
         given = {key: value for key, value in checkpoint.image_processor.items() if value is not None}
@@ -84,7 +87,10 @@ class Family(ABC):
 
     @abstractmethod
     def layout(self, sizes: Sequence[Size]) -> tuple[ImageLayout, ...]:
-        """Lay out all images of ONE row, from their (height, width)."""
+        """Lay out all images of ONE row, from their (height, width); () for a text-only row.
+
+        Raises ImageError for a size that the model cannot take.
+        """
 
     @abstractmethod
     def tile(self, image: Tensor, layout: ImageLayout) -> Tensor:
@@ -119,7 +125,7 @@ class Family(ABC):
 
     @property
     def reserved(self) -> tuple[str, ...]:
-        """Strings that users' text must not contain, because they would be taken for an image."""
+        """Strings that users' text must not contain, because they would be taken for an image or video."""
         return (self.placeholder,)
 
     def prompt(self, messages: Sequence[Message], layouts: Sequence[ImageLayout]) -> NDArray[np.int32]:
@@ -203,7 +209,7 @@ class Family(ABC):
         for text in texts(messages):
             for string in self.reserved:
                 if string in text:
-                    raise PromptError(f"the text contains {string!r}, which means an image to this model")
+                    raise PromptError(f"the text contains {string!r}, which is a placeholder to this model")
 
 
 def check_features(features: Sequence[Tensor], layouts: Sequence[ImageLayout]) -> list[Tensor]:

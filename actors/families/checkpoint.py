@@ -92,6 +92,17 @@ def read_json(path: str, name: str, revision: str | None) -> dict[str, Any] | No
     return value
 
 
+def square_side(size: object) -> int:
+    """Side in pixels of a processor's square `size`: 384, {"height": 384, "width": 384} or {"shortest_edge": 384}."""
+    if isinstance(size, int):
+        return size
+    if isinstance(size, Mapping):
+        sides = {size[key] for key in ("height", "width", "shortest_edge") if size.get(key)}
+        if len(sides) == 1:
+            return int(sides.pop())
+    raise CheckpointError(f"the image processor's size must be one square, found {size!r}")
+
+
 def _read_text(path: str, name: str, revision: str | None) -> str | None:
     file = cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
     if file is None:

@@ -1,0 +1,196 @@
+"""LLaVA-OneVision (0.5B / 7B / 72B, si and ov).
+
+A row with one image is cut into anyres tiles: the image is fitted into the best of the checkpoint's grid
+pinpoints, padded with black, cut into tiles, and preceded by a squashed view of the whole. The model crops
+padding off the feature map ("unpad"), shrinks it where it exceeds `anyres_max_N` tiles, and ends each of its
+rows with a newline feature. A row with several images takes one tile each, padded to a square.
+
+`layout.grid` is (rows, columns) of the tiles beside the whole view; (0, 0) marks an image of a multi-image row.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import product
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from actors.families.base import Family, ImageLayout, Size, check_features, vision_dtype
+from actors.families.checkpoint import Checkpoint, CheckpointError, square_side
+from actors.images import tiling
+from actors.images.decode import ImageError
+
+MULTI: tuple[int, int] = (0, 0)
+"""`layout.grid` of an image that shares its row with others."""
+_MAX_SQUARE_SIDE = 32768
+"""A multi-image image is padded to a square first; above this side that takes more than 3 GiB."""
+_SIDES = range(384, 2304 + 1, 384)
+
+
+class LlavaOnevision(Family):
+    """anyres tiling of one image, one tile each of several."""
+
+    name = "llava_onevision"
+    image_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType(
+        {
+            "image_mean": [0.48145466, 0.4578275, 0.40821073],
+            "image_std": [0.26862954, 0.26130258, 0.27577711],
+            "resample": tiling.BICUBIC,
+            "size": {"height": 384, "width": 384},
+            "image_grid_pinpoints": [list(pair) for pair in product(_SIDES, _SIDES)],
+        }
+    )
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint)
+        processor, config = checkpoint.processor, self.image_config
+        for field in ("do_resize", "do_center_crop"):
+            if bool(config.get(field, field == "do_resize")) != (field == "do_resize"):
+                raise CheckpointError(f"{self.path}: {field}={config[field]} is not supported")
+
+        self._side = square_side(config["size"])
+        self.tile_shape = (3, self._side, self._side)
+        self._resample = int(config["resample"])
+        self._pinpoints = [(int(height), int(width)) for height, width in config["image_grid_pinpoints"]]
+        if any(height % self._side or width % self._side for height, width in self._pinpoints):
+            raise CheckpointError(
+                f"{self.path}: grid pinpoints must be multiples of the tile side {self._side}"
+            )
+        red, green, blue = (int(mean * 255) for mean in config["image_mean"])
+        self._background = (red, green, blue)
+
+        vision = checkpoint.config.vision_config
+        self._tile_tokens = int(
+            processor.get("num_image_tokens") or (vision.image_size // vision.patch_size) ** 2
+        )
+        # The "default" strategy drops one feature (CLS) an image.
+        self._dropped = int(processor.get("vision_feature_select_strategy") == "default")
+        aspect = processor.get("vision_aspect_ratio") or "anyres_max_9"
+        if not aspect.removeprefix("anyres_max_").isdigit():
+            raise CheckpointError(f"{self.path}: vision_aspect_ratio={aspect!r} is not anyres_max_<tiles>")
+        self._max_tiles = int(aspect.removeprefix("anyres_max_"))
+
+        tokenizer = self.tokenizer
+        self.placeholder = (
+            getattr(tokenizer, "image_token", None) or processor.get("image_token") or "<image>"
+        )
+        self._video = getattr(tokenizer, "video_token", None) or processor.get("video_token") or "<video>"
+        self.require_image_token(self.placeholder)
+
+    @property
+    def reserved(self) -> tuple[str, ...]:
+        return (self.placeholder, self._video)
+
+    def layout(self, sizes: Sequence[Size]) -> tuple[ImageLayout, ...]:
+        if len(sizes) == 1:
+            return (self._anyres(sizes[0]),)
+        for height, width in sizes:
+            if max(height, width) > _MAX_SQUARE_SIDE:
+                raise ImageError(
+                    "too_large",
+                    f"the image is {height} x {width}: in a row of several images it would be padded to a "
+                    f"square, whose side must not exceed {_MAX_SQUARE_SIDE}",
+                )
+        tokens = self._tile_tokens + 1 - self._dropped  # + the newline feature
+        return tuple(ImageLayout(size, MULTI, 1, tokens) for size in sizes)
+
+    def tile(self, image: Tensor, layout: ImageLayout) -> Tensor:
+        tile = (self._side, self._side)
+        if layout.grid == MULTI:
+            longest = max(layout.size)
+            square = tiling.pad_to(image, (longest, longest), self._background)
+            return tiling.resize(square, tile, self._resample)[None]
+        target = (layout.grid[0] * self._side, layout.grid[1] * self._side)
+        fitted = tiling.resize(image, _fit(layout.size, target), self._resample)
+        whole = tiling.resize(image, tile, self._resample)
+        return torch.cat([whole[None], tiling.split(tiling.pad_to(fitted, target), tile)])
+
+    def model_inputs(self, pixels: Tensor, layouts: Sequence[ImageLayout]) -> dict[str, Tensor]:
+        tiles = self.normalize(pixels).split([layout.tiles for layout in layouts])
+        return {
+            "pixel_values": pad_sequence(list(tiles), batch_first=True),
+            "image_sizes": _sizes(layouts, pixels.device),
+            "batch_num_images": torch.tensor([len(layouts)], device=pixels.device),
+        }
+
+    def embed_images(
+        self, model: PreTrainedModel, pixels: Tensor, layouts: Sequence[ImageLayout]
+    ) -> list[Tensor]:
+        values = self.normalize(pixels, vision_dtype(model))
+        tiles = values.split([layout.tiles for layout in layouts])
+        features: list[Tensor | None] = [None] * len(layouts)
+        # The model tells anyres images from multi-image ones by the images of a row: one call for each kind.
+        for multi in (False, True):
+            chosen = [index for index, layout in enumerate(layouts) if (layout.grid == MULTI) == multi]
+            if not chosen:
+                continue
+            # Any count but 1 means "multi-image", also where a single one of a row is encoded here.
+            counts = [max(2, len(chosen))] if multi else [1] * len(chosen)
+            encoded = model.get_image_features(
+                pixel_values=torch.cat([tiles[index] for index in chosen]),
+                image_sizes=_sizes([layouts[index] for index in chosen], pixels.device),
+                batch_num_images=torch.tensor(counts, device=pixels.device),
+            ).pooler_output
+            for index, feature in zip(chosen, encoded, strict=True):
+                features[index] = feature
+        return check_features([feature for feature in features if feature is not None], layouts)
+
+    def _anyres(self, size: Size) -> ImageLayout:
+        height, width = _best_pinpoint(size, self._pinpoints)
+        rows, columns = height // self._side, width // self._side
+        feature_rows, feature_columns = self._feature_map(size, (rows, columns))
+        newlines = feature_rows
+        tokens = self._tile_tokens + feature_rows * feature_columns + newlines - self._dropped
+        return ImageLayout(size, (rows, columns), 1 + rows * columns, tokens)
+
+    def _feature_map(self, size: Size, grid: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of features left of a grid of tiles, after unpadding and the anyres_max shrink.
+
+        The roundings are the model's (`unpad_image` and `pack_image_features` of LLaVA-OneVision).
+        """
+        side = math.isqrt(self._tile_tokens)
+        rows, columns = grid[0] * side, grid[1] * side
+        height, width = size
+        if width / height > columns / rows:
+            rows -= (rows - int(round(height * (columns / width), 7))) // 2 * 2
+        else:
+            columns -= (columns - int(round(width * (rows / height), 7))) // 2 * 2
+        ratio = math.sqrt(rows * columns / (self._max_tiles * side**2))
+        if ratio > 1.1:
+            rows, columns = int(rows // ratio), int(columns // ratio)
+        return rows, columns
+
+
+def _best_pinpoint(size: Size, pinpoints: Sequence[Size]) -> Size:
+    """The pinpoint that keeps most of the image's pixels, then wastes least of its own; the first of equals."""
+    height, width = size
+    best: Size | None = None
+    best_kept, least_wasted = 0, 0
+    for target_height, target_width in pinpoints:
+        scale = min(target_width / width, target_height / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        wasted = target_height * target_width - kept
+        if kept > best_kept or (best is not None and kept == best_kept and wasted < least_wasted):
+            best, best_kept, least_wasted = (target_height, target_width), kept, wasted
+    if best is None:
+        raise ImageError(
+            "decode", f"the image is {height} x {width}: too narrow to fit any grid of this model"
+        )
+    return best
+
+
+def _fit(size: Size, target: Size) -> Size:
+    """The largest size of the image's aspect ratio within `target`, rounded up."""
+    height, width = size
+    scale_height, scale_width = target[0] / height, target[1] / width
+    if scale_width < scale_height:
+        return min(math.ceil(height * scale_width), target[0]), target[1]
+    return target[0], min(math.ceil(width * scale_height), target[1])
+
+
+def _sizes(layouts: Sequence[ImageLayout], device: torch.device) -> Tensor:
+    return torch.tensor([layout.size for layout in layouts], dtype=torch.long, device=device)
