@@ -11,7 +11,6 @@ overrides both by its own defaults (980, no split) unless they are passed to the
 with those defaults.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
@@ -21,6 +20,7 @@ from transformers import PreTrainedModel
 
 from actors.families.base import Family, ImageLayout, Size, check_features, vision_dtype
 from actors.families.checkpoint import Checkpoint, CheckpointError
+from actors.images.anyres import best_resolution, fit
 from actors.images.tiling import BICUBIC, pad_to, resize
 
 SPLIT_RATIOS = (
@@ -57,9 +57,8 @@ class Aria(Family):
         patches = (self.side // config.vision_config.patch_size) ** 2
         if patches not in config.projector_patch_to_query_dict:
             raise CheckpointError(
-                f"{self.path}: max_image_size {self.side} makes {patches} patches a crop, for which config.json's "
-                f"projector_patch_to_query_dict has no number of queries (it knows "
-                f"{sorted(config.projector_patch_to_query_dict)} patches)"
+                f"{self.path}: max_image_size {self.side} makes {patches} patches a crop, but config.json's "
+                f"projector_patch_to_query_dict knows only {sorted(config.projector_patch_to_query_dict)}"
             )
         self.crop_tokens = int(config.projector_patch_to_query_dict[patches])
         self.placeholder = getattr(self.tokenizer, "image_token", None) or "<|img|>"
@@ -71,7 +70,7 @@ class Aria(Family):
     def tile(self, image: Tensor, layout: ImageLayout) -> Tensor:
         if self.splits:
             canvas = self._canvas(layout.size)
-            image = pad_to(resize(image, _fit(layout.size, canvas), self.resample), canvas)
+            image = pad_to(resize(image, fit(layout.size, canvas), self.resample), canvas)
         crops = torch.zeros(layout.tiles, *self.tile_shape, dtype=torch.uint8)
         for crop, (top, left, height, width) in zip(crops, self._crops(layout), strict=True):
             content = image[:, top : top + height, left : left + width]
@@ -83,7 +82,7 @@ class Aria(Family):
         return {"pixel_values": self.normalize(pixels), "pixel_mask": self.pixel_mask(layouts, pixels.device)}
 
     def pixel_mask(self, layouts: Sequence[ImageLayout], device: torch.device) -> Tensor:
-        """bool `[sum of tiles, side, side]` on `device`: True where a crop has content, False on its padding."""
+        """bool `[sum of tiles, side, side]` on `device`: True where a crop has content."""
         contents = [self._content(crop[2:]) for layout in layouts for crop in self._crops(layout)]
         heights, widths = torch.tensor(contents, device=device).unbind(1)
         at = torch.arange(self.side, device=device)
@@ -127,25 +126,3 @@ class Aria(Family):
         if width >= height:
             return max(int(height * scale), self.min_side), self.side
         return self.side, max(int(width * scale), self.min_side)
-
-
-def best_resolution(size: Size, resolutions: Sequence[Size]) -> Size:
-    """The (height, width) of `resolutions` that keeps most of an image's pixels and, among equals, wastes least.
-
-    The anyres rule of LLaVA-NeXT; the order of the float operations is the stock one.
-    """
-
-    def merit(resolution: Size) -> tuple[int, int]:
-        scale = min(resolution[1] / size[1], resolution[0] / size[0])
-        kept = min(int(size[1] * scale) * int(size[0] * scale), size[0] * size[1])
-        return kept, kept - resolution[0] * resolution[1]
-
-    return max(resolutions, key=merit)
-
-
-def _fit(size: Size, canvas: Size) -> Size:
-    """The largest (height, width) of the image's aspect ratio within `canvas`, rounded up."""
-    scale_height, scale_width = canvas[0] / size[0], canvas[1] / size[1]
-    if scale_width < scale_height:
-        return min(math.ceil(size[0] * scale_width), canvas[0]), canvas[1]
-    return canvas[0], min(math.ceil(size[1] * scale_height), canvas[1])

@@ -15,7 +15,7 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Transp
 def accept_sequential_experts() -> None:
     """Let transformers load per-expert Aria checkpoints in this process; more than one call changes nothing.
 
-    A `*` matches `experts.0` and `experts.experts.0`. Linear stores `[out, in]`, the fused experts `[in, out]`.
+    A `*` matches `experts.0` and `experts.experts.0`; Linear stores `[out, in]`, fused experts `[in, out]`.
     """
     known = get_checkpoint_conversion_mapping("aria_text") or []
     if any(isinstance(conversion, WeightConverter) for conversion in known):

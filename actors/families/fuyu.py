@@ -7,8 +7,8 @@ than `size` (1080 x 1920) is shrunk into it, a smaller one is left alone; it is 
 The prompt is `[patches and newlines] <s> [text] <0x04>`: one image at most, first whatever the messages say.
 Fuyu has no chat template. Turns are joined by newlines, a turn's texts are concatenated, roles are dropped,
 so one user turn gives the ids of the stock `processor(text=text, images=image)`, and without an image those
-of `processor(text=text)`: `<s> [text]`, with no `<0x04>` (beginning of answer). `<box>` and `<point>` tags are
-text like any other: stock means to transform their coordinates, but throws the result away.
+of `processor(text=text)`: `<s> [text]`, with no `<0x04>` (beginning of answer). `<box>` and `<point>` tags
+are text like any other: stock means to transform their coordinates, but throws the result away.
 """
 
 import inspect
@@ -48,14 +48,14 @@ class Fuyu(Family):
         self.patch: Size = _height_width(self.image_config["patch_size"])
         self.size: Size = _height_width(self.image_config["size"])
         if self.size[0] % self.patch[0] or self.size[1] % self.patch[1]:
-            raise CheckpointError(f"{self.path}: size {self.size} is not a whole number of patches of {self.patch}")
+            raise CheckpointError(f"{self.path}: size {self.size} is no multiple of patch_size {self.patch}")
         self.fill = (int(self.image_config["padding_value"]),) * 3
         self.resample = int(self.image_config["resample"])
         self.tile_shape = (3, *self.patch)
         self.require_image_token(self.placeholder)
         self.newline_id = self.token_id(NEWLINE)
         self.bos_id = self.token_id("<s>")
-        # config.json names an id that the model never writes; its answers end with the tokenizer's |ENDOFTEXT|.
+        # Answers end with the tokenizer's |ENDOFTEXT|, whatever id the config names.
         self.eos_token_ids |= {int(self.tokenizer.eos_token_id)} if self.tokenizer.eos_token else set()
         # transformers before 5.23 calls them image_patches, and 5.24 forgets that name.
         named = inspect.signature(FuyuForCausalLM.forward).parameters
@@ -80,7 +80,7 @@ class Fuyu(Family):
         return {self.input_name: self.patches(pixels)}
 
     def patches(self, pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """uint8 `[P, 3, h, w]` -> normalised `[P, h * w * 3]`, channels last within a patch, as the model reads it."""
+        """uint8 `[P, 3, h, w]` -> normalised `[P, h * w * 3]`: channels last, as the model reads a patch."""
         return self.normalize(pixels, dtype).permute(0, 2, 3, 1).flatten(1)
 
     def embed_images(
@@ -106,9 +106,10 @@ class Fuyu(Family):
             if not len(ids):
                 raise PromptError("the prompt is empty")
             return ids
-        # The image's ids are made, not tokenised, so the dummy prefix piece that stock has to drop never exists.
+        # The image's ids are made, not tokenised: the dummy prefix piece that stock drops is never there.
         text_ids = self._ids(text + BEGINNING_OF_ANSWER, add_special_tokens=False)
-        return np.concatenate([self.image_ids(layouts[0]), np.asarray([self.bos_id], dtype=np.int32), text_ids])
+        bos = np.asarray([self.bos_id], dtype=np.int32)
+        return np.concatenate([self.image_ids(layouts[0]), bos, text_ids])
 
     def render(self, messages: Sequence[Message]) -> str:
         """The turns' texts, one turn a line; without placeholders."""
