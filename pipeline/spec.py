@@ -50,7 +50,7 @@ def _as_sequence(value: object) -> object:
 
 def _as_range(value: object) -> object:
     if isinstance(value, bool) or not isinstance(value, int | list | tuple):
-        raise ValueError("must be a number of replicas, or [min, max]")  # noqa: TRY004 (pydantic's)
+        raise ValueError("must be a number of replicas, or [min, max]")
     return (value, value) if isinstance(value, int) else value
 
 
@@ -70,7 +70,7 @@ def _whole_above_one(value: float) -> float:
 
 def _not_bool(value: object) -> object:
     if isinstance(value, bool):
-        raise ValueError("must be a number")  # noqa: TRY004 (pydantic reports ValueError only)
+        raise ValueError("must be a number")
     return value
 
 

@@ -184,7 +184,8 @@ def test_a_template_is_refused_or_renders(template: str) -> None:
 def test_the_fingerprint_covers_what_captions_depend_on() -> None:
     base = with_field("name", "a")
     different = {
-        "input.image": "jpg", "input.prompt": "q", "input.keep": ["id"], "prompt.template": "x", "prompt.system": "x",
+        "input.image": "jpg", "input.prompt": "q", "input.keep": ["id"], "prompt.template": "x",
+        "prompt.system": "x",
         "model.path": "x", "model.revision": "x", "model.dtype": "float32", "generation.seed": 1,
         "generation.stop": ["x"], "generation.max_new_tokens": 1, "limits.max_pixels": 1,
     }  # fmt: skip
@@ -203,6 +204,6 @@ def test_the_fingerprint_covers_what_captions_depend_on() -> None:
 
 def test_import_is_light() -> None:
     heavy = "{'torch', 'ray', 'transformers', 'pyarrow', 'fsspec', 'numpy'}"
-    code = f"import sys, pipeline.spec, pipeline.shards, pipeline.ledger; print({heavy} & set(sys.modules))"
+    code = f"import sys, pipeline.spec, pipeline.storage; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -1,0 +1,122 @@
+"""Storage: whole files or none, on a local disk and on a real HTTP S3 server; nothing leaves the root."""
+
+import os
+import pickle
+import threading
+from pathlib import Path
+
+import pytest
+
+from pipeline.storage import Storage, StoragePathError, in_parallel
+
+
+@pytest.fixture(params=["local", "s3"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    return Storage(
+        str(tmp_path / "out") if request.param == "local" else request.getfixturevalue("s3_url") + "/out"
+    )
+
+
+def test_put_read_list_delete(storage: Storage) -> None:
+    assert storage.list() == []
+    assert not storage.exists("a/b.bin")
+    storage.put_atomic("a/b.bin", b"one")
+    storage.put_atomic("a/c/d [x]*.bin", b"12345")
+    assert storage.read("a/b.bin") == b"one"
+    assert storage.read("a/c/d [x]*.bin", 1, 3) == b"23"
+    with storage.open("a/b.bin") as file:
+        assert file.read() == b"one"
+    assert [(info.path, info.size) for info in storage.list()] == [("a/b.bin", 3), ("a/c/d [x]*.bin", 5)]
+    assert [info.path for info in storage.list("a/c")] == ["a/c/d [x]*.bin"]
+    assert storage.list("nothing") == []
+    before = storage.list("a")[0].token
+    storage.put_atomic("a/b.bin", b"two")
+    assert storage.read("a/b.bin") == b"two"
+    assert storage.list("a")[0].token != before
+    storage.delete(["a/b.bin", "a/c/d [x]*.bin", "a/never-there"])
+    assert storage.list() == []
+    with pytest.raises(FileNotFoundError):
+        storage.read("a/b.bin")
+
+
+def test_listings_are_never_stale(storage: Storage) -> None:
+    other = Storage(storage.url)
+    for n in range(3):
+        other.put_atomic(f"j/{n}", b"x")
+        assert len(storage.list("j")) == n + 1
+        assert storage.exists(f"j/{n}")
+    other.delete(["j/0"])
+    assert not storage.exists("j/0")
+    assert len(storage.list("j")) == 2
+
+
+def test_create_exclusive_has_one_winner(storage: Storage) -> None:
+    contenders = [Storage(storage.url) for _ in range(6)]
+    start = threading.Barrier(len(contenders))
+
+    def create(contender: Storage) -> bool:
+        start.wait(10)
+        return contender.create_exclusive("lease.json", b"mine")
+
+    assert sorted(in_parallel(create, contenders)) == [False] * 5 + [True]
+    assert storage.read("lease.json") == b"mine"
+    assert [info.path for info in storage.list()] == ["lease.json"]
+
+
+def test_storage_travels(storage: Storage) -> None:
+    storage.put_atomic("x", b"1")
+    copy = pickle.loads(pickle.dumps(storage))
+    assert copy == storage
+    assert copy.read("x") == b"1"
+    assert len(pickle.dumps(storage)) < 300
+
+
+@pytest.mark.parametrize("path", ["", "/etc/passwd", "../x", "a/../../x", "a//b", "./a", "a/"])
+def test_nothing_leaves_the_root(tmp_path: Path, path: str) -> None:
+    storage = Storage(str(tmp_path / "root"))
+    for action in (storage.read, storage.exists, storage.open, lambda p: storage.put_atomic(p, b"")):
+        with pytest.raises(StoragePathError):
+            action(path)
+
+
+def test_a_relative_root_means_the_same_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    storage = Storage("out")
+    monkeypatch.chdir("/")
+    storage.put_atomic("x", b"1")
+    assert (tmp_path / "out" / "x").read_bytes() == b"1"
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = Storage(str(tmp_path))
+    storage.put_atomic("x", b"old")
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            storage.put_atomic("x", b"new")
+    assert storage.read("x") == b"old"
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_what_a_killed_writer_left_is_hidden_then_deleted(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    storage.put_atomic("j/x", b"1")
+    storage._write_temporary("j/y", b"torn")  # what remains when the process dies before the rename
+    assert [info.path for info in storage.list()] == ["j/x"]
+    storage.delete_temporary("j")
+    assert len(os.listdir(tmp_path / "j")) == 2  # young: its writer may live
+    storage.delete_temporary("j", older_than=-1)
+    assert os.listdir(tmp_path / "j") == ["x"]
+
+
+def test_a_large_object_is_one_atomic_put(s3_url: str) -> None:
+    storage = Storage(s3_url)
+    data = os.urandom(1 << 20) * 110  # above s3fs's limit for a single put: a multipart upload
+    storage.put_atomic("large", data)
+    assert storage.read("large") == data
