@@ -64,7 +64,7 @@ class AyaVision(Family):
 
     @property
     def anchor(self) -> str:
-        # With START and END around it the borders to the user's text tokenise as they do in the expanded text.
+        # With START and END around it the borders to the user's text tokenise as in the expanded text.
         return f"{self._start}{self._patch}{self._end}"
 
     @property
@@ -107,7 +107,7 @@ class AyaVision(Family):
     def _marker_ids(self, tiles: Sequence[str], whole: str) -> list[NDArray[np.int32]]:
         """Ids of each marker where it stands: between START or a placeholder and a placeholder.
 
-        A marker such as TILE_1 may be several ids. It is safe to tokenise markers alone only if START, END and
+        A marker such as TILE_1 may be several ids. They are the same in every prompt only if START, END and
         the placeholder cut the text; the check at the end refuses a tokenizer where they do not.
         """
         text = self._start + "".join(marker + self._patch for marker in (*tiles, whole)) + self._end

@@ -93,7 +93,7 @@ def read_json(path: str, name: str, revision: str | None) -> dict[str, Any] | No
 
 
 def square_side(size: object) -> int:
-    """Side in pixels of a processor's square `size`: 384, {"height": 384, "width": 384} or {"shortest_edge": 384}."""
+    """Side of a processor's square `size`: 384, {"height": 384, "width": 384} or {"shortest_edge": 384}."""
     if isinstance(size, int):
         return size
     if isinstance(size, Mapping):

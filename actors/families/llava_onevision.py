@@ -5,7 +5,7 @@ pinpoints, padded with black, cut into tiles, and preceded by a squashed view of
 padding off the feature map ("unpad"), shrinks it where it exceeds `anyres_max_N` tiles, and ends each of its
 rows with a newline feature. A row with several images takes one tile each, padded to a square.
 
-`layout.grid` is (rows, columns) of the tiles beside the whole view; (0, 0) marks an image of a multi-image row.
+`layout.grid` is (rows, columns) of tiles beside the whole view; (0, 0) marks one of several images in a row.
 """
 
 import math
@@ -48,10 +48,8 @@ class LlavaOnevision(Family):
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
         processor, config = checkpoint.processor, self.image_config
-        for field in ("do_resize", "do_center_crop"):
-            if bool(config.get(field, field == "do_resize")) != (field == "do_resize"):
-                raise CheckpointError(f"{self.path}: {field}={config[field]} is not supported")
-
+        if not config.get("do_resize", True) or config.get("do_center_crop", False):
+            raise CheckpointError(f"{self.path}: do_resize=false and do_center_crop=true are not supported")
         self._side = square_side(config["size"])
         self.tile_shape = (3, self._side, self._side)
         self._resample = int(config["resample"])
@@ -166,20 +164,15 @@ class LlavaOnevision(Family):
 
 
 def _best_pinpoint(size: Size, pinpoints: Sequence[Size]) -> Size:
-    """The pinpoint that keeps most of the image's pixels, then wastes least of its own; the first of equals."""
+    """The pinpoint that keeps most of the image's pixels, then wastes fewest of its own; first of equals."""
     height, width = size
-    best: Size | None = None
-    best_kept, least_wasted = 0, 0
+    best, best_kept, least_wasted = pinpoints[0], 0, math.inf
     for target_height, target_width in pinpoints:
         scale = min(target_width / width, target_height / height)
         kept = min(int(width * scale) * int(height * scale), width * height)
         wasted = target_height * target_width - kept
-        if kept > best_kept or (best is not None and kept == best_kept and wasted < least_wasted):
+        if kept > best_kept or (kept == best_kept and wasted < least_wasted):
             best, best_kept, least_wasted = (target_height, target_width), kept, wasted
-    if best is None:
-        raise ImageError(
-            "decode", f"the image is {height} x {width}: too narrow to fit any grid of this model"
-        )
     return best
 
 
