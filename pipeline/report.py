@@ -1,13 +1,13 @@
-"""The contact sheet: pictures with their captions and errors, on one HTML page that needs nothing beside itself.
+"""The contact sheet: pictures with their captions and errors, on one HTML page that needs nothing else.
 
 Why: token parity and error counts do not show whether captions are any good; a page of pictures does, in
-seconds. It is read on laptops, mailed and archived, so it holds its pictures (as small thumbnails), styles and
-script in itself and asks the network for nothing.
+seconds. It is read on laptops, mailed and archived, so it holds its pictures (as small thumbnails), styles
+and script in itself and asks the network for nothing.
 
-The one idea: `render` is a pure function of plain values; `pipeline.report_reader` fills them from an output.
-Captions, prompts, messages and image bytes are whatever a data set or a model produced: every string is escaped
-by the template, image bytes are decoded under a pixel limit and re-encoded, and a content security policy names
-the page's own script by its hash, so that nothing else runs.
+The one idea: `render` is a pure function of plain values; `pipeline.report_reader` fills them from an
+output. Captions, prompts, messages and image bytes are whatever a data set or a model produced: every string
+is escaped by the template, image bytes are decoded under a pixel limit and re-encoded, and a content security
+policy names the page's own script by its hash, so that nothing else runs.
 
 >>> card = Card(label="a.parquet:0", caption="a red circle", truth="a red circle")
 >>> page = render([Section(title="demo", stats=Stats(rows=1), cards=(card,))], title="Tessera")
@@ -47,9 +47,9 @@ class RowError:
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """One row. `images` are encoded files, None where the bytes could not be had; `truth` is the caption hoped for.
+    """One row, which has a caption or an error; `label` says which row it is (`shard:row`).
 
-    `label` says which row it is (`shard:row`). A row has a caption or an error.
+    `images` are encoded files, None where the bytes could not be had; `truth` is the caption hoped for.
     """
 
     label: str
@@ -90,7 +90,7 @@ class ErrorGroup:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """What a job did. `judged` rows have a truth and no error, `right` of them said it; `seconds` is wall clock."""
+    """What a job did. `judged` rows have a truth and no error, `right` of them say it."""
 
     rows: int
     errors: tuple[ErrorGroup, ...] = ()
@@ -105,6 +105,7 @@ class Stats:
         return sum(group.rows for group in self.errors)
 
     def __add__(self, other: Stats) -> Stats:
+        known = self.seconds is not None and other.seconds is not None
         return Stats(
             rows=self.rows + other.rows,
             errors=self.errors + other.errors,
@@ -112,7 +113,7 @@ class Stats:
             right=self.right + other.right,
             prompt_tokens=self.prompt_tokens + other.prompt_tokens,
             generated_tokens=self.generated_tokens + other.generated_tokens,
-            seconds=None if None in (self.seconds, other.seconds) else (self.seconds or 0) + (other.seconds or 0),
+            seconds=(self.seconds or 0) + (other.seconds or 0) if known else None,
         )
 
     def tiles(self) -> Iterator[tuple[str, str]]:
@@ -131,7 +132,7 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One job on the page; `subtitle` is usually its model. `note` is said under the figures, where there is one."""
+    """One job on the page; `subtitle` is usually its model, `note` a line under the figures."""
 
     title: str
     stats: Stats
@@ -166,7 +167,9 @@ def render(sections: Sequence[Section], title: str, subtitle: str = "") -> str:
         subtitle=subtitle,
         sections=sections,
         total=total,
-        counts={verdict: verdicts.count(verdict) for verdict in ("right", "wrong", "error") if verdict in verdicts},
+        counts={
+            verdict: verdicts.count(verdict) for verdict in ("right", "wrong", "error") if verdict in verdicts
+        },
         cards=len(verdicts),
         pictures_a_card=_PICTURES_A_CARD,
         style=_resource("report.css"),
@@ -176,7 +179,7 @@ def render(sections: Sequence[Section], title: str, subtitle: str = "") -> str:
 
 
 def picture(data: bytes | None, max_pixels: int = _MAX_PIXELS) -> Picture:
-    """A thumbnail of an encoded image: PNG where it is small enough to be enlarged, JPEG otherwise. Never raises."""
+    """A thumbnail of an encoded image: PNG where so small that it is enlarged, else JPEG; never raises."""
     if not data:
         return Picture(None, problem="no image bytes")
     try:
@@ -185,7 +188,7 @@ def picture(data: bytes | None, max_pixels: int = _MAX_PIXELS) -> Picture:
             if width * height > max_pixels:
                 return Picture(None, problem=f"{width} × {height} is too large to show")
             image.draft("RGB", (_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
-            # Transparency is dropped and EXIF orientation left alone: the page shows what the model was shown.
+            # Transparency is dropped and EXIF orientation left alone: the page shows what the model saw.
             shown = image.convert("RGB")
         shown.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
         crisp = max(width, height) <= _CRISP_SIDE
@@ -197,7 +200,9 @@ def picture(data: bytes | None, max_pixels: int = _MAX_PIXELS) -> Picture:
     except Exception:  # these are arbitrary bytes, and Pillow's decoders raise far more than OSError on them
         return Picture(None, problem="not a picture")
     kind = "png" if crisp else "jpeg"
-    return Picture(f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}", (width, height), crisp)
+    return Picture(
+        f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}", (width, height), crisp
+    )
 
 
 def percent(part: int, whole: int) -> str:
@@ -226,7 +231,9 @@ def _resource(name: str) -> str:
 
 @functools.cache
 def _template() -> jinja2.Template:
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
     environment.globals["picture"] = picture
     environment.filters["thousands"] = lambda value: f"{value:,}"
     return environment.from_string(_resource("report.html"))

@@ -1,0 +1,235 @@
+"""Fills the contact sheet from a job's output: figures from the sealed shards, pictures from the input.
+
+The one idea: row i of a sealed shard is row i of the input shard of the same name, so nothing has to be
+recorded for the page. The captions' few narrow columns are read of every shard looked at; pictures only of
+the rows shown, and only the row groups that hold them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from pipeline.report import Card, ErrorGroup, RowError, Section, Stats
+from pipeline.shards import Shard, discover, output_name
+from pipeline.spec import JobSpec
+from pipeline.storage import Storage, open_filesystem
+
+_RESULTS = ("caption", "finish_reason", "prompt_tokens", "image_tokens", "generated_tokens", "error")
+_READ_ROWS = 1024  # rows of results at once; they are short
+_READ_IMAGES = 16  # rows of input at once; they hold whole pictures
+_ALWAYS = 3  # rows of each kind of error, and wrong rows, that are shown wherever they stand
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """A row of the output that may be shown."""
+
+    shard: Shard
+    row: int
+    card: Card
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What one pass over the results gathers; its size depends on the page, not on the output."""
+
+    first_rows: int  # of each shard, to be shown
+    rows: int = 0
+    judged: int = 0
+    right: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    first: list[_Seen] = field(default_factory=list)
+    notable: list[_Seen] = field(default_factory=list)
+    notable_counts: Counter[str] = field(default_factory=Counter)
+    errors: Counter[tuple[str, str]] = field(default_factory=Counter)
+    examples: dict[tuple[str, str], RowError] = field(default_factory=dict)
+
+    def add(self, seen: _Seen) -> None:
+        card = seen.card
+        self.rows += 1
+        self.judged += card.verdict in ("right", "wrong")
+        self.right += card.verdict == "right"
+        self.prompt_tokens += card.prompt_tokens
+        self.generated_tokens += card.generated_tokens
+        if card.error is not None:
+            group = (card.error.kind, card.error.stage)
+            self.errors[group] += 1
+            self.examples.setdefault(group, card.error)
+        if seen.row < self.first_rows:
+            self.first.append(seen)
+        elif card.verdict in ("error", "wrong"):
+            notable = "wrong" if card.error is None else f"error {card.error.kind}"
+            self.notable_counts[notable] += 1
+            if self.notable_counts[notable] <= _ALWAYS:
+                self.notable.append(seen)
+
+    def stats(self, seconds: float | None) -> Stats:
+        groups = tuple(ErrorGroup(self.examples[group], rows) for group, rows in self.errors.most_common())
+        return Stats(
+            rows=self.rows,
+            errors=groups,
+            judged=self.judged,
+            right=self.right,
+            prompt_tokens=self.prompt_tokens,
+            generated_tokens=self.generated_tokens,
+            seconds=seconds,
+        )
+
+
+def read_section(
+    spec: JobSpec,
+    *,
+    truth: str | None = None,
+    limit: int = 36,
+    seconds: float | None = None,
+    title: str | None = None,
+    max_shards: int = 256,
+) -> Section:
+    """A job's section of the contact sheet, from its sealed shards.
+
+    Shows at most `limit` rows: the first of each shard, with a few of each kind of error and a few wrong ones
+    among them. `truth` names a kept column that holds the right caption; `seconds` is the job's duration.
+    Of more than `max_shards` sealed shards as many are read, evenly spread, and the section says so.
+    """
+    output = Storage(spec.output.path)
+    sealed = [shard for shard in discover(spec.input) if output.exists(_sealed_path(shard))]
+    shards = _spread(sealed, max_shards)
+    tally = _Tally(first_rows=-(-limit // max(1, len(shards))))
+    for shard in shards:
+        for seen in _read_results(output, shard, truth):
+            tally.add(seen)
+    chosen = _choose(tally, limit)
+    note = "" if len(shards) == len(sealed) else f"from {len(shards):,} of {len(sealed):,} sealed shards"
+    return Section(
+        title=title or spec.name,
+        subtitle=spec.model.path,
+        stats=tally.stats(seconds),
+        cards=tuple(_with_input(spec, chosen)),
+        note=note,
+    )
+
+
+def _sealed_path(shard: Shard) -> str:
+    return f"data/{output_name(shard.name)}"
+
+
+def _spread(items: Sequence[Shard], count: int) -> list[Shard]:
+    """`count` of the items, evenly spread; all of them if there are no more."""
+    if len(items) <= count:
+        return list(items)
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def _choose(tally: _Tally, limit: int) -> list[_Seen]:
+    """Notable rows displace first rows of their shard's share, then the page is in input order again."""
+    notable = tally.notable[:limit]
+    by_depth = sorted(tally.first, key=lambda seen: (seen.row, seen.shard.name))
+    chosen = [*notable, *by_depth[: limit - len(notable)]]
+    return sorted(chosen, key=lambda seen: (seen.shard.name, seen.row))
+
+
+def _read_results(output: Storage, shard: Shard, truth: str | None) -> Iterator[_Seen]:
+    with output.open(_sealed_path(shard)) as file:
+        parquet = pq.ParquetFile(file)
+        known = parquet.schema_arrow.names
+        if truth is not None and truth not in known:
+            raise ValueError(f"the output has no column {truth!r} to compare captions with; it has {known}")
+        columns = [*_RESULTS, *([truth] if truth else [])]
+        row = 0
+        for batch in parquet.iter_batches(_READ_ROWS, columns=columns):
+            for result in batch.to_pylist():
+                yield _Seen(shard, row, _card(f"{shard.name.removesuffix('.parquet')}:{row}", result, truth))
+                row += 1
+
+
+def _card(label: str, result: Mapping[str, Any], truth: str | None) -> Card:
+    error = result["error"]
+    return Card(
+        label=label,
+        caption=result["caption"],
+        truth=result[truth] if truth else None,
+        error=RowError(error["kind"], error["stage"], error["message"]) if error else None,
+        finish_reason=result["finish_reason"],
+        prompt_tokens=result["prompt_tokens"] or 0,
+        image_tokens=result["image_tokens"] or 0,
+        generated_tokens=result["generated_tokens"] or 0,
+    )
+
+
+def _with_input(spec: JobSpec, chosen: Iterable[_Seen]) -> Iterator[Card]:
+    """The cards with their pictures and prompts, in the order given (rows of a shard stand together)."""
+    by_shard: dict[str, list[_Seen]] = {}
+    for seen in chosen:
+        by_shard.setdefault(seen.shard.name, []).append(seen)
+    for group in by_shard.values():
+        rows = dict(_read_rows(spec, group[0].shard, {seen.row for seen in group}))
+        for seen in group:
+            yield _shown(spec, seen, rows.get(seen.row))
+
+
+def _read_rows(spec: JobSpec, shard: Shard, rows: Collection[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(row, input columns) of some rows; row groups that hold none of them are not read."""
+    prompt = [spec.input.prompt] if spec.input.prompt else list(spec.prompt.fields)
+    filesystem, path = open_filesystem(shard.url)
+    with filesystem.open(path, "rb") as file:
+        parquet = pq.ParquetFile(file)
+        start = 0
+        for group in range(parquet.num_row_groups):
+            stop = start + parquet.metadata.row_group(group).num_rows
+            if any(start <= row < stop for row in rows):
+                first = start
+                batches = parquet.iter_batches(
+                    _READ_IMAGES, row_groups=[group], columns=list(dict.fromkeys([spec.input.image, *prompt]))
+                )
+                for batch in batches:
+                    for row in sorted(rows):
+                        if first <= row < first + batch.num_rows:
+                            yield row, batch.slice(row - first, 1).to_pylist()[0]
+                    first += batch.num_rows
+            start = stop
+
+
+def _shown(spec: JobSpec, seen: _Seen, source: Mapping[str, Any] | None) -> Card:
+    card = seen.card
+    if source is None:  # the input is no longer what was captioned
+        return card
+    cell = source[spec.input.image]
+    items = cell if isinstance(cell, list) else [cell]
+    prompt = source[spec.input.prompt] if spec.input.prompt else spec.prompt.template.format_map(source)
+    return Card(
+        label=card.label,
+        images=tuple(_encoded(item, seen.shard) for item in items) if cell is not None else (None,),
+        caption=card.caption,
+        prompt=_text(prompt),
+        truth=card.truth,
+        error=card.error,
+        finish_reason=card.finish_reason,
+        prompt_tokens=card.prompt_tokens,
+        image_tokens=card.image_tokens,
+        generated_tokens=card.generated_tokens,
+    )
+
+
+def _encoded(item: Any, shard: Shard) -> bytes | None:
+    """An image's bytes; one given by path is read from beside its shard."""
+    if not isinstance(item, dict):
+        return item
+    if item.get("bytes") is not None or not item.get("path"):
+        return item.get("bytes")
+    try:
+        return Storage(shard.url.rpartition("/")[0]).read(item["path"])
+    except (OSError, ValueError):  # missing, or a path that leaves the shard's folder
+        return None
+
+
+def _text(prompt: Any) -> str | None:
+    """A prompt for people: text as it is, of a chat the user's turns."""
+    if isinstance(prompt, list):
+        return " / ".join(str(turn["content"]) for turn in prompt if turn.get("role") == "user")
+    return None if prompt is None else str(prompt)
