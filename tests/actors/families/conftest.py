@@ -24,17 +24,32 @@ class Subject:
 def llava_onevision(tmp_path_factory: pytest.TempPathFactory) -> Subject:
     from tests.actors.families import small
 
-    return _subject(tmp_path_factory.mktemp("llava_onevision"), *small.llava_onevision())
+    return subject(tmp_path_factory.mktemp("llava_onevision"), *small.llava_onevision())
 
 
 @pytest.fixture(scope="session")
 def aya_vision(tmp_path_factory: pytest.TempPathFactory) -> Subject:
     from tests.actors.families import small
 
-    return _subject(tmp_path_factory.mktemp("aya_vision"), *small.aya_vision())
+    return subject(tmp_path_factory.mktemp("aya_vision"), *small.aya_vision())
 
 
-def _subject(folder: Path, model_class, config, processor) -> Subject:
+@pytest.fixture(scope="session")
+def aria(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    from tests.actors.families import small_aria
+
+    return subject(tmp_path_factory.mktemp("aria"), *small_aria.aria())
+
+
+@pytest.fixture(scope="session")
+def fuyu(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    from tests.actors.families import small_fuyu
+
+    return subject(tmp_path_factory.mktemp("fuyu"), *small_fuyu.fuyu())
+
+
+def subject(folder: Path, model_class, config, processor) -> Subject:
+    """A checkpoint written to `folder`, loaded as a family; random weights, the same each time."""
     from tests.actors.families.oracle import write_checkpoint
 
     path = write_checkpoint(folder, config, processor)
