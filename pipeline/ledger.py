@@ -1,0 +1,282 @@
+"""The ledger: which rows are done, told by the data itself.
+
+    <output>/data/<shard>.parquet             sealed: every row of one input shard, in input order
+    <output>/_tessera/spec.json               what captions depend on
+    <output>/_tessera/journal/part-*.parquet  rows done but not sealed
+    <output>/_tessera/runs/<run>.json         statistics of each run
+    <output>/_SUCCESS                         after verification
+
+Why: a job is killed at hour 20, a task is retried, two writers race. State kept beside the data then says one
+thing and the data another. Here there is no such state: a file is the record of the rows it holds.
+
+The laws (each has a test of its name):
+1. A row is done if and only if a whole file holds it. Files appear by one atomic put, and the row set stands
+   in the footer of the file that holds the rows.
+2. Publishing is idempotent: a part is named after its rows, so a retried write replaces itself.
+3. Sealing is a function of the rows: however the same rows were partitioned, ordered, repeated or overlapped
+   in parts, the sealed bytes are the same. Where parts disagree about a row, a caption beats an error, then
+   the part whose name sorts first wins.
+4. Sealing is idempotent: sealing a sealed shard does nothing, so a kill inside costs nothing.
+5. A part is deleted only after every shard in it is readable as sealed (or was replaced in the input).
+6. A changed input shard is a new shard: rows of its old version count for nothing.
+7. Planning reads footers only, each of them once.
+8. One output holds one spec's captions: a run whose captions would differ is refused.
+9. `_SUCCESS` is written last, and only for a verified output; it goes before new work starts.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from actors.columns import ERROR, FINGERPRINT, IDENTITY, RESULT_SCHEMA, ROW, SHARD
+from pipeline.columns import sealed_schema
+from pipeline.entries import Entry, Stats, decode, entries_of, to_parquet
+from pipeline.footer import NotParquetError, read_footer
+from pipeline.rows import RowSet
+from pipeline.shards import Shard, output_name
+from pipeline.spec import JobSpec
+from pipeline.state import Plan, Published, Scan, Verification, plan_of, verification_of
+from pipeline.storage import FileInfo, Storage, in_parallel
+
+DATA = "data"
+JOURNAL = "_tessera/journal"
+RUNS = "_tessera/runs"
+SPEC = "_tessera/spec.json"
+SUCCESS = "_SUCCESS"
+
+
+class LedgerMismatch(ValueError):
+    """The output holds captions of a spec that differs where captions depend on it."""
+
+
+class SealError(RuntimeError):
+    """The journal does not hold what sealing a shard takes; nothing was written."""
+
+
+class Ledger:
+    """The ledger of one output. Picklable, and cheap to build: everything is read when it is asked for.
+
+    `plan` may be called again and again: a footer is read once, as long as its file stays as it is.
+    """
+
+    def __init__(self, storage: Storage | str) -> None:
+        self.storage = Storage(storage) if isinstance(storage, str) else storage
+        self._seen: dict[FileInfo, Published] = {}
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"storage": self.storage, "_seen": {}}
+
+    def publish(self, table: pa.Table) -> str:
+        """Writes rows as one journal part, atomically, and returns its path (laws 1 and 2).
+
+        `table` has the identity columns, the kept ones and the result columns (actors/columns.py), at least
+        one row, and rows of any number of shards.
+        """
+        if not table.num_rows:
+            raise ValueError("a part needs at least one row")
+        kept = [name for name in table.column_names if name not in (*IDENTITY, *RESULT_SCHEMA.names)]
+        results = table.select(RESULT_SCHEMA.names).cast(RESULT_SCHEMA)
+        table = table.select([*IDENTITY, *kept])
+        for name in RESULT_SCHEMA.names:
+            table = table.append_column(name, results[name])
+        entries = entries_of(table)
+        path = f"{JOURNAL}/{_part_name(entries)}"
+        self.storage.put_atomic(path, to_parquet(table, entries, statistics=False))
+        return path
+
+    def scan(self) -> Scan:
+        """Every sealed shard and journal part there is now, by their footers (law 7)."""
+        # The journal first: what is sealed and swept in between is then seen twice (harmless), not never.
+        listed = [info for folder in (JOURNAL, DATA) for info in self.storage.list(folder)]
+        listed = [info for info in listed if info.path.endswith(".parquet")]
+        new = [info for info in listed if info not in self._seen]
+        looked = zip(new, in_parallel(self._look, new), strict=True)
+        known = self._seen | {info: published for info, published in looked if published}
+        self._seen = {info: known[info] for info in listed if info in known}
+        files = self._seen.values()
+        sealed = (file for file in files if file.path.startswith(f"{DATA}/"))
+        parts = tuple(file for file in files if file.path.startswith(f"{JOURNAL}/"))
+        return Scan({file.path.removeprefix(f"{DATA}/"): file for file in sealed}, parts)
+
+    def plan(self, shards: Sequence[Shard]) -> Plan:
+        """How far the job is, and what there is to do: the one answer for resuming, progress and status."""
+        return plan_of(shards, self.scan())
+
+    def seal(self, shard: Shard, kept: pa.Schema, parts: Sequence[str] | None = None) -> Stats:
+        """Merges a shard's parts into its sealed file (laws 3 and 4); returns the statistics of its rows.
+
+        `kept` is the schema of the job's kept columns (`columns.job_schema`). `parts` are the paths of its
+        parts (`ShardState.parts`), or None to look for them. Raises SealError if a row is missing.
+        """
+        seal = self._seal_of(shard)
+        if seal:
+            return seal.stats
+        if parts is None:
+            parts = plan_of([shard], self.scan()).shards[0].parts
+        schema = sealed_schema(kept)
+
+        def read(path: str) -> pa.Table:
+            table = pq.ParquetFile(pa.BufferReader(self.storage.read(path))).read(use_threads=False)
+            mine = pc.and_(
+                pc.equal(table[SHARD], shard.name), pc.equal(table[FINGERPRINT], shard.fingerprint)
+            )
+            return _fitted(table.filter(mine), schema, path)
+
+        try:
+            tables = in_parallel(read, sorted(parts))
+        except FileNotFoundError as error:  # another driver sealed the shard and swept
+            seal = self._seal_of(shard)
+            if seal:
+                return seal.stats
+            raise SealError(f"{shard.name}: a part is gone while its rows are not sealed ({error})") from None
+        table = _merged(shard, tables, schema)
+        stats = Stats.of(table)
+        entries = {shard.name: Entry(shard.fingerprint, RowSet.span(shard.rows), stats)}
+        path = f"{DATA}/{output_name(shard.name)}"
+        self.storage.put_atomic(path, to_parquet(table, entries, statistics=True))
+        return stats
+
+    def sweep(self, shards: Sequence[Shard]) -> list[str]:
+        """Deletes the parts that nothing needs any more (law 5), and returns their paths.
+
+        `shards` is the input as it is now: parts of a version that was replaced are of no use either.
+        """
+        scan = self.scan()
+        current = {shard.name: shard.fingerprint for shard in shards}
+
+        def settled(name: str, entry: Entry) -> bool:
+            replaced = current.get(name, entry.fingerprint) != entry.fingerprint
+            return replaced or scan.seal_of(name, entry.fingerprint) is not None
+
+        done = [
+            part.path
+            for part in scan.parts
+            if part.entries and all(settled(name, entry) for name, entry in part.entries.items())
+        ]
+        self.storage.delete(done)
+        self.storage.delete_temporary(JOURNAL)
+        self.storage.delete_temporary(DATA)
+        return done
+
+    def verify(self, shards: Sequence[Shard]) -> Verification:
+        """Counts rows in against rows out, from the files alone; nothing that was read before is trusted."""
+        self._seen = {}
+        return verification_of(shards, self.scan())
+
+    def bind(self, spec: JobSpec) -> None:
+        """Writes spec.json for a new output; for an old one, raises LedgerMismatch unless captions would be
+        the same (law 8). The file holds the whole spec of the last run, for people and for `status`."""
+        fields = spec.fingerprint_fields()
+        record = {
+            "fingerprint": spec.fingerprint(), "fields": fields, "spec": spec.model_dump(mode="json")
+        }  # fmt: skip
+        data = _to_json(record)
+        if self.storage.create_exclusive(SPEC, data):
+            return
+        before = json.loads(self.storage.read(SPEC))
+        differing = _differing(before["fields"], fields)
+        if differing:
+            raise LedgerMismatch(
+                f"{self.storage.url} holds captions of a job that differs in {'; '.join(differing)}. "
+                "Set output.path to a new folder, or set the fields back."
+            )
+        if before != record:
+            self.storage.put_atomic(SPEC, data)
+
+    def record_run(self, run: str, stats: Mapping[str, Any]) -> None:
+        """Writes the JSON statistics of one run under its id."""
+        self.storage.put_atomic(f"{RUNS}/{run}.json", _to_json({"run": run, **stats}))
+
+    def runs(self) -> list[dict[str, Any]]:
+        """The recorded statistics of every run, by id."""
+        paths = [info.path for info in self.storage.list(RUNS) if info.path.endswith(".json")]
+        return [json.loads(data) for data in in_parallel(self.storage.read, paths)]
+
+    def write_success(self, verification: Verification) -> None:
+        """Marks the output complete (law 9)."""
+        if not verification.ok:
+            raise ValueError("only a verified output is marked complete")
+        counts = {"rows": verification.rows_out, "errors": dict(verification.stats.errors)}
+        self.storage.put_atomic(SUCCESS, _to_json(counts))
+
+    def clear_success(self) -> None:
+        """Takes the mark away: call it before the first new row is published."""
+        self.storage.delete([SUCCESS])
+
+    def succeeded(self) -> bool:
+        return self.storage.exists(SUCCESS)
+
+    def _look(self, info: FileInfo) -> Published | None:
+        """The file by its footer; None if it was deleted since it was listed."""
+        try:
+            footer = read_footer(self.storage.filesystem, self.storage.full(info.path), info.size)
+        except FileNotFoundError:
+            return None
+        except NotParquetError as error:
+            return Published(info.path, 0, {}, str(error))
+        try:
+            return Published(info.path, footer.num_rows, decode(footer))
+        except (ValueError, KeyError, TypeError) as error:
+            return Published(info.path, footer.num_rows, {}, str(error))
+
+    def _seal_of(self, shard: Shard) -> Entry | None:
+        """The shard's sealed entry, straight from the file."""
+        path = f"{DATA}/{output_name(shard.name)}"
+        try:
+            size = int(self.storage.filesystem.info(self.storage.full(path))["size"])
+        except FileNotFoundError:
+            return None
+        published = self._look(FileInfo(path, size, ""))
+        sealed = {output_name(shard.name): published} if published else {}
+        return Scan(sealed, ()).seal_of(shard.name, shard.fingerprint)
+
+
+def _part_name(entries: Mapping[str, Entry]) -> str:
+    rows = {name: [entry.fingerprint, entry.rows.to_json()] for name, entry in entries.items()}
+    return f"part-{sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:20]}.parquet"
+
+
+def _fitted(table: pa.Table, schema: pa.Schema, path: str) -> pa.Table:
+    """The part's rows as `_row` and the sealed columns."""
+    missing = [name for name in schema.names if name not in table.column_names]
+    if missing:
+        raise SealError(f"{path} lacks the column {missing[0]!r} that the job keeps")
+    try:
+        return table.select([ROW, *schema.names]).cast(pa.schema([(ROW, pa.int64()), *schema]))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise SealError(f"{path} does not fit the job's columns ({error})") from None
+
+
+def _merged(shard: Shard, tables: Sequence[pa.Table], schema: pa.Schema) -> pa.Table:
+    """Each row of the shard once, in order; `tables` come in the order of their parts' names (law 3)."""
+    if not tables:
+        tables = [pa.schema([(ROW, pa.int64()), *schema]).empty_table()]
+    table = pa.concat_tables(tables).combine_chunks()
+    rows = table[ROW].to_numpy()
+    failed = pc.is_valid(table[ERROR]).to_numpy()
+    order = np.lexsort((np.arange(len(rows)), failed, rows))  # by row, captions first, then by part
+    chosen = order[np.diff(rows[order], prepend=-1) != 0]
+    if not np.array_equal(rows[chosen], np.arange(shard.rows)):
+        held = RowSet.of(rows)
+        raise SealError(
+            f"{shard.name}: cannot be sealed, rows missing: {held.complement(shard.rows) or 'none'}, "
+            f"rows beyond its {shard.rows}: {held - RowSet.span(shard.rows) or 'none'}"
+        )
+    return table.select(schema.names).take(chosen)
+
+
+def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return [
+        f"{name} ({json.dumps(before.get(name))} there, {json.dumps(now.get(name))} here)" for name in names
+    ]
+
+
+def _to_json(value: object) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
