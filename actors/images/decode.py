@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -42,12 +43,9 @@ def decode(data: bytes, max_pixels: int) -> Tensor:
         raise ImageError("decode", "the image is empty (0 bytes)")
     _raise_pillow_limit(max_pixels)
     try:
-        with _open(data) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise ImageError("too_large", _too_large(width, height, max_pixels))
-            rgb = to_rgb(image)
-        pixels = np.array(rgb)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of oddities in metadata; what matters is raised
+            pixels = _pixels(data, max_pixels)
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -68,17 +66,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _open(data: bytes) -> Image.Image:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # bombs are measured against max_pixels; bad EXIF is not used
-        return Image.open(io.BytesIO(data))
+def _pixels(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
+    with Image.open(io.BytesIO(data)) as image:
+        width, height = image.size
+        if width * height > max_pixels:
+            size = f"{width} x {height} = {width * height} pixels"
+            raise ImageError("too_large", f"the image is {size}, above max_pixels={max_pixels}")
+        return np.array(to_rgb(image))
 
 
 def _raise_pillow_limit(max_pixels: int) -> None:
     """Let Pillow's own guard (it refuses twice its limit) stand behind ours instead of before it."""
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels
-
-
-def _too_large(width: int, height: int, max_pixels: int) -> str:
-    return f"the image is {width} x {height} = {width * height} pixels, above max_pixels={max_pixels}"

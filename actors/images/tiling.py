@@ -12,7 +12,7 @@ from torch import Tensor
 
 # PIL.Image.Resampling codes, as they stand in processor configs.
 NEAREST, LANCZOS, BILINEAR, BICUBIC = 0, 1, 2, 3
-_MODES = {NEAREST: "nearest", LANCZOS: "lanczos", BILINEAR: "bilinear", BICUBIC: "bicubic"}
+_MODES = {NEAREST: "nearest-exact", LANCZOS: "lanczos", BILINEAR: "bilinear", BICUBIC: "bicubic"}
 
 
 def resize(image: Tensor, size: tuple[int, int], resample: int) -> Tensor:
@@ -25,9 +25,11 @@ def resize(image: Tensor, size: tuple[int, int], resample: int) -> Tensor:
         return image
     if resample not in _MODES:
         raise ValueError(f"resample={resample} is not supported; use one of {sorted(_MODES)} (PIL codes)")
-    batch = image if image.dim() == 4 else image[None]
+    # Core torch fails an internal assertion on the way from a contiguous image to a single pixel.
+    memory_format = torch.channels_last if tuple(size) == (1, 1) else torch.contiguous_format
+    batch = (image if image.dim() == 4 else image[None]).contiguous(memory_format=memory_format)
     if resample == NEAREST:
-        out = F.interpolate(batch, size=size, mode="nearest")
+        out = F.interpolate(batch, size=size, mode=_MODES[resample])
     elif resample == BILINEAR and not _bilinear_is_native():
         # torchvision goes through float32 on CPUs without AVX2; following it keeps the bits equal there too.
         wide = F.interpolate(batch.float(), size=size, mode="bilinear", align_corners=False, antialias=True)

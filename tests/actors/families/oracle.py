@@ -25,7 +25,7 @@ pytest.importorskip("torchvision", reason="torchvision is the oracle of the imag
 def byte_level_tokenizer(
     special: Sequence[str], eos: str, bos: str | None = None, **kwargs: Any
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with a few merges; `special` are its special tokens, `bos` is put in front."""
+    """A byte-level BPE tokenizer with a few merges and the tokens `special`; `bos` is put in front."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [
         ("T", "I"),

@@ -99,8 +99,8 @@ def test_prompt_errors(aya_vision: Subject) -> None:
         with pytest.raises(PromptError, match=r"placeholder") as error:
             family.prompt([user_message(f"a {string} tag", images=1)], one)
         assert repr(string) in str(error.value)
+    halves = [{"type": "text", "text": "<ima"}, {"type": "text", "text": "ge>"}, {"type": "image"}]
     with pytest.raises(PromptError, match="2 times for 1 images"):
-        halves = [{"type": "text", "text": "<ima"}, {"type": "text", "text": "ge>"}, {"type": "image"}]
         family.prompt([{"role": "user", "content": halves}], one)
     with pytest.raises(PromptError, match="unknown role poet"):
         family.prompt([text_message("poet", "hi")], ())
