@@ -72,13 +72,16 @@ def load_model(
     """
     from transformers import AutoModelForImageTextToText
 
-    if read_model_type(path, revision) == "aria":
-        from actors.families.aria_experts import accept_sequential_experts
+    from actors.families.aria_experts import accept_sequential_experts
 
-        accept_sequential_experts()
-    model, loading = AutoModelForImageTextToText.from_pretrained(
-        path, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
-    )
+    with accept_sequential_experts():
+        model, loading = AutoModelForImageTextToText.from_pretrained(
+            path,
+            revision=revision,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
     if missing := sorted(loading["missing_keys"]):
         raise CheckpointError(f"{path}: {len(missing)} weights are missing, e.g. {missing[0]}")
     model.requires_grad_(False)

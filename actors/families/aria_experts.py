@@ -5,6 +5,9 @@ layout only: it would report the experts as missing, initialise them at random a
 its weight loader how to stack them; fused checkpoints load as before.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -12,14 +15,14 @@ from transformers.conversion_mapping import (
 from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose, WeightConverter
 
 
-def accept_sequential_experts() -> None:
-    """Let transformers load per-expert Aria checkpoints in this process; more than one call changes nothing.
+@contextmanager
+def accept_sequential_experts() -> Iterator[None]:
+    """Within it, `from_pretrained` loads per-expert Aria checkpoints too.
 
+    Not for longer: the mapping is also used backwards, and would change what `save_pretrained` writes.
     A `*` matches `experts.0` and `experts.experts.0`; Linear stores `[out, in]`, fused experts `[in, out]`.
     """
     known = get_checkpoint_conversion_mapping("aria_text") or []
-    if any(isinstance(conversion, WeightConverter) for conversion in known):
-        return
     gate_up = WeightConverter(
         source_patterns=["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"],
         target_patterns="mlp.experts.gate_up_proj",
@@ -31,3 +34,7 @@ def accept_sequential_experts() -> None:
         operations=[MergeModulelist(dim=0), Transpose(1, 2)],
     )
     register_checkpoint_conversion_mapping("aria_text", [*known, gate_up, down], overwrite=True)
+    try:
+        yield
+    finally:
+        register_checkpoint_conversion_mapping("aria_text", known, overwrite=True)
