@@ -1,0 +1,67 @@
+"""KubeRay's rules for a RayJob that its resource definition does not express; the operator enforces them at run time.
+
+Read in KubeRay 1.7 (ray-operator/controllers/ray/utils/validation.go). Each rule is a sentence for whoever breaks it.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+MAX_RAYJOB_NAME = 47  # leaves room for the suffixes of the RayCluster and its pods within 63 characters
+CRON_SUFFIX = len("-29000000")  # a CronJob's Jobs carry the scheduled minute
+DRAIN_SECONDS = 30  # Ray's own, on SIGTERM
+
+
+def problems(rayjob: Mapping[str, Any]) -> list[str]:
+    """Every broken rule, in words; empty for a RayJob that KubeRay accepts and that survives losing its nodes."""
+    return [*_job(rayjob["metadata"], rayjob["spec"]), *_cluster(rayjob["spec"].get("rayClusterSpec", {}))]
+
+
+def pod_templates(rayjob: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """The head's pod template, then each worker group's."""
+    cluster = rayjob["spec"]["rayClusterSpec"]
+    return [cluster["headGroupSpec"]["template"], *(g["template"] for g in cluster["workerGroupSpecs"])]
+
+
+def _job(metadata: Mapping[str, Any], spec: Mapping[str, Any]) -> Iterator[str]:
+    if len(metadata["name"]) > MAX_RAYJOB_NAME:
+        yield f"the name is longer than {MAX_RAYJOB_NAME} characters"
+    shutdown = spec.get("shutdownAfterJobFinishes", False)
+    if spec.get("ttlSecondsAfterFinished", 0) > 0 and not shutdown:
+        yield "ttlSecondsAfterFinished needs shutdownAfterJobFinishes"
+    if spec.get("suspend") and not shutdown:
+        yield "suspend needs shutdownAfterJobFinishes"
+    if spec.get("suspend") and spec.get("clusterSelector"):
+        yield "suspend excludes clusterSelector"
+    deletion = spec.get("deletionStrategy", {})
+    if "deletionRules" in deletion and shutdown:
+        yield "deletionStrategy.deletionRules exclude shutdownAfterJobFinishes"
+    policies = {rule.get("policy") for rule in deletion.get("deletionRules", ())}
+    policies |= {deletion.get(name, {}).get("policy") for name in ("onSuccess", "onFailure")}
+    if "DeleteWorkers" in policies and spec.get("rayClusterSpec", {}).get("enableInTreeAutoscaling"):
+        yield "the policy DeleteWorkers excludes autoscaling"
+    if spec.get("submissionMode") == "SidecarMode":
+        for name in ("submitterPodTemplate", "submitterConfig", "clusterSelector"):
+            if name in spec:
+                yield f"SidecarMode excludes {name}"
+    if spec.get("submissionMode") != "InteractiveMode" and not spec.get("entrypoint"):
+        yield "an entrypoint is missing"
+
+
+def _cluster(cluster: Mapping[str, Any]) -> Iterator[str]:
+    groups = cluster.get("workerGroupSpecs", [])
+    names = [group["groupName"] for group in groups]
+    if len(set(names)) != len(names):
+        yield "two worker groups have the same name"
+    for group in groups:
+        if not group["minReplicas"] <= group.get("replicas", group["minReplicas"]) <= group["maxReplicas"]:
+            yield f"{group['groupName']}: replicas are not between minReplicas and maxReplicas"
+    if cluster.get("headGroupSpec", {}).get("rayStartParams", {}).get("num-cpus") != "0":
+        yield "the head takes work: set rayStartParams num-cpus to the string 0"
+    version_2 = cluster.get("autoscalerOptions", {}).get("version") == "v2"
+    templates = [("head", cluster.get("headGroupSpec", {})), *zip(names, groups, strict=True)]
+    for name, group in templates:
+        pod = group.get("template", {}).get("spec", {})
+        if version_2 and pod.get("restartPolicy", "Never") != "Never":
+            yield f"{name}: autoscaler v2 needs restartPolicy Never, or none"
+        if pod.get("terminationGracePeriodSeconds", DRAIN_SECONDS) <= DRAIN_SECONDS:
+            yield f"{name}: terminationGracePeriodSeconds must exceed Ray's {DRAIN_SECONDS} s drain"
