@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from pipeline.report import Card, ErrorGroup, RowError, Section, Stats
 from pipeline.shards import Shard, discover, output_name
-from pipeline.spec import JobSpec
+from pipeline.spec import JobSpec, SpecError
 from pipeline.storage import Storage, open_filesystem
 
 _RESULTS = ("caption", "finish_reason", "prompt_tokens", "image_tokens", "generated_tokens", "error")
@@ -139,7 +139,7 @@ def _read_results(output: Storage, shard: Shard, truth: str | None) -> Iterator[
         parquet = pq.ParquetFile(file)
         known = parquet.schema_arrow.names
         if truth is not None and truth not in known:
-            raise ValueError(f"the output has no column {truth!r} to compare captions with; it has {known}")
+            raise SpecError(f"the output has no column {truth!r} to compare captions with; it has {known}")
         columns = [*_RESULTS, *([truth] if truth else [])]
         row = 0
         for batch in parquet.iter_batches(_READ_ROWS, columns=columns):

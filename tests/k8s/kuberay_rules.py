@@ -1,8 +1,10 @@
-"""KubeRay's rules for a RayJob that its resource definition does not express; the operator enforces them at run time.
+"""KubeRay's rules for a RayJob that its definition does not express; the operator enforces them at run time.
 
-Read in KubeRay 1.7 (ray-operator/controllers/ray/utils/validation.go). Each rule is a sentence for whoever breaks it.
+Read in KubeRay's ray-operator/controllers/ray/utils/validation.go. Each rule is a sentence for whoever breaks
+it. The last two are Tessera's own: a head that takes no work, pods that outlive Ray's drain.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +14,7 @@ DRAIN_SECONDS = 30  # Ray's own, on SIGTERM
 
 
 def problems(rayjob: Mapping[str, Any]) -> list[str]:
-    """Every broken rule, in words; empty for a RayJob that KubeRay accepts and that survives losing its nodes."""
+    """Every broken rule, in words; empty for a RayJob that KubeRay accepts and that survives losing nodes."""
     return [*_job(rayjob["metadata"], rayjob["spec"]), *_cluster(rayjob["spec"].get("rayClusterSpec", {}))]
 
 
@@ -25,6 +27,10 @@ def pod_templates(rayjob: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
 def _job(metadata: Mapping[str, Any], spec: Mapping[str, Any]) -> Iterator[str]:
     if len(metadata["name"]) > MAX_RAYJOB_NAME:
         yield f"the name is longer than {MAX_RAYJOB_NAME} characters"
+    if not re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", metadata["name"]):
+        yield "the name is no DNS label that begins with a letter"
+    if "rayClusterSpec" not in spec and "clusterSelector" not in spec:
+        yield "one of rayClusterSpec and clusterSelector is needed"
     shutdown = spec.get("shutdownAfterJobFinishes", False)
     if spec.get("ttlSecondsAfterFinished", 0) > 0 and not shutdown:
         yield "ttlSecondsAfterFinished needs shutdownAfterJobFinishes"
@@ -39,6 +45,8 @@ def _job(metadata: Mapping[str, Any], spec: Mapping[str, Any]) -> Iterator[str]:
     policies |= {deletion.get(name, {}).get("policy") for name in ("onSuccess", "onFailure")}
     if "DeleteWorkers" in policies and spec.get("rayClusterSpec", {}).get("enableInTreeAutoscaling"):
         yield "the policy DeleteWorkers excludes autoscaling"
+    if spec.get("submissionMode") == "InteractiveMode" and spec.get("backoffLimit", 0) > 0:
+        yield "InteractiveMode excludes backoffLimit"
     if spec.get("submissionMode") == "SidecarMode":
         for name in ("submitterPodTemplate", "submitterConfig", "clusterSelector"):
             if name in spec:
@@ -50,6 +58,11 @@ def _job(metadata: Mapping[str, Any], spec: Mapping[str, Any]) -> Iterator[str]:
 def _cluster(cluster: Mapping[str, Any]) -> Iterator[str]:
     groups = cluster.get("workerGroupSpecs", [])
     names = [group["groupName"] for group in groups]
+    for group in (cluster.get("headGroupSpec", {}), *groups):
+        if group.get("resources") and {"num-cpus", "num-gpus", "memory"} & set(
+            group.get("rayStartParams", {})
+        ):
+            yield "a group sets both resources and rayStartParams"
     if len(set(names)) != len(names):
         yield "two worker groups have the same name"
     for group in groups:

@@ -1,4 +1,4 @@
-"""The manifests against the schemas of Kubernetes and KubeRay, and against the rules that no schema states."""
+"""The manifests against the schemas of Kubernetes and KubeRay, and against rules that no schema states."""
 
 import copy
 import functools
@@ -113,6 +113,12 @@ def test_the_rayjob_keeps_the_rules_no_schema_states():
             "SidecarMode excludes",
         ),
         (lambda job: job["spec"].pop("entrypoint"), "entrypoint is missing"),
+        (lambda job: job["metadata"].update(name="2am"), "no DNS label"),
+        (
+            lambda job: group(job).update(resources={"CPU": "1"}, rayStartParams={"num-cpus": "1"}),
+            "sets both",
+        ),
+        (lambda job: job["spec"].update(submissionMode="InteractiveMode"), "InteractiveMode excludes"),
         (lambda job: cluster(job)["headGroupSpec"].update(rayStartParams={}), "head takes work"),
         (lambda job: group(job).update(maxReplicas=0), "not between"),
         (lambda job: group(job)["template"]["spec"].update(restartPolicy="Always"), "autoscaler v2 needs"),

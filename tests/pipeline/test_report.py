@@ -19,7 +19,7 @@ from PIL import Image
 
 from pipeline.report import Card, ErrorGroup, RowError, Section, Stats, duration, percent, picture, render
 from pipeline.report_reader import read_section
-from pipeline.spec import JobSpec, parse_spec
+from pipeline.spec import JobSpec, SpecError, parse_spec
 
 HOSTILE = """<script>alert("x")</script> <img src=x onerror='y'> & {{ 7 * 7 }} </style>"""
 DECODE = RowError("decode", "preprocess", "not an image")
@@ -321,5 +321,5 @@ def test_of_many_shards_some_are_read_and_the_page_says_so(tmp_path: Path):
 
 
 def test_a_truth_column_the_output_lacks_is_named(tmp_path: Path):
-    with pytest.raises(ValueError, match="no column 'answer'"):
+    with pytest.raises(SpecError, match="no column 'answer'"):
         read_section(write_job(tmp_path, shards=1, rows=3), truth="answer")
