@@ -155,7 +155,7 @@ def test_too_large_is_seen_in_the_header() -> None:
     with pytest.raises(ImageError, match=r"30 x 20 = 600 pixels, above max_pixels=599") as error:
         decode(data, 599)
     assert error.value.kind == "too_large"
-    # A header that promises 4 Gpixel and has no such data behind it is refused for its size, not for its data.
+    # A header that promises 4 Gpixel without such data behind it is refused for its size, not its data.
     size = b"IHDR" + struct.pack(">II", 65_000, 65_000) + data[24:29]
     promise = data[:12] + size + struct.pack(">I", zlib.crc32(size)) + data[33:]
     with pytest.raises(ImageError, match="max_pixels") as error:
