@@ -9,6 +9,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
@@ -55,21 +58,40 @@ def connect(resources: ResourcesSpec) -> None:
     """
     if ray.is_initialized():
         return
-    if address := os.environ.get("RAY_ADDRESS"):
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ClusterError(f"no Ray cluster answers at RAY_ADDRESS={address}: {error}") from None
-        return
-    # A laptop runs the smallest pools even where they outnumber its cores: slower, but it works.
-    cpus = max(math.ceil(required(resources)[0]), (os.cpu_count() or 1) + _IO_CPUS)
-    ray.init(
-        address="local",
-        num_cpus=cpus,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-    )
+    # Ray's C++ side writes harmless but alarming lines about every actor pool to the driver's terminal, and one
+    # more about being told not to.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    address = os.environ.get("RAY_ADDRESS")
+    with _muted_stderr():
+        if address:
+            try:
+                ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                raise ClusterError(f"no Ray cluster answers at RAY_ADDRESS={address}: {error}") from None
+        else:
+            # A laptop runs the smallest pools even where they outnumber its cores: slower, but it works.
+            cpus = max(math.ceil(required(resources)[0]), (os.cpu_count() or 1) + _IO_CPUS)
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
+
+
+@contextmanager
+def _muted_stderr() -> Iterator[None]:
+    """Sends file descriptor 2 to nowhere for a while: C++ code does not write through sys.stderr."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def capacity() -> Capacity:

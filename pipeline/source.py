@@ -24,7 +24,7 @@ from ray.data.block import BlockMetadata
 from actors.columns import ERROR, ERROR_TYPE, FINGERPRINT, IMAGES, ROW, SHARD, error_value
 from pipeline.rows import RowSet
 from pipeline.shards import Shard
-from pipeline.storage import Storage, StoragePathError
+from pipeline.storage import Storage, open_filesystem
 
 READ_ROWS = 64  # rows decoded from parquet at once: small against a block, large against parquet's per-call cost
 _FETCHES = 16  # concurrent downloads of images given by path; they wait on the network, not on a core
@@ -40,12 +40,11 @@ class ShardWork:
 
 
 class ShardSource(Datasource):
-    """A read task for each shard with remaining rows. `columns` are the user's columns to carry along; `root` is
-    the folder that images given by path must lie under."""
+    """A read task for each shard with remaining rows. `columns` are the user's columns to carry along."""
 
-    def __init__(self, work: Sequence[ShardWork], image: str, columns: Sequence[str], root: str) -> None:
+    def __init__(self, work: Sequence[ShardWork], image: str, columns: Sequence[str]) -> None:
         super().__init__()
-        self.work, self.image, self.columns, self.root = list(work), image, list(columns), root
+        self.work, self.image, self.columns = list(work), image, list(columns)
 
     def get_name(self) -> str:
         return "Shards"
@@ -59,36 +58,37 @@ class ShardSource(Datasource):
         return [self._task(item) for item in self.work]
 
     def _task(self, item: ShardWork) -> ReadTask:
-        image, columns, root = self.image, self.columns, self.root  # not `self`: a task carries one shard only
+        image, columns = self.image, self.columns  # not `self`: a task carries one shard only
         metadata = BlockMetadata(
             num_rows=len(item.rows), size_bytes=item.shard.size, input_files=[item.shard.url], exec_stats=None
         )
-        return ReadTask(lambda: read_shard(item, image, columns, root), metadata)
+        return ReadTask(lambda: read_shard(item, image, columns), metadata)
 
 
-def read_shard(work: ShardWork, image: str, columns: Sequence[str], root: str) -> Iterator[pa.Table]:
+def read_shard(work: ShardWork, image: str, columns: Sequence[str]) -> Iterator[pa.Table]:
     """The remaining rows of a shard, in order, in tables of at most `READ_ROWS` rows."""
-    storage = Storage(root)
-    with storage.open(work.shard.path) as file:
+    filesystem, path = open_filesystem(work.shard.url)
+    beside = Storage(work.shard.url.removesuffix(work.shard.name))  # the input's root, for images given by path
+    with filesystem.open(path, "rb") as file:
         parquet = pq.ParquetFile(file, buffer_size=_BUFFER)
         wanted = list(dict.fromkeys([image, *columns]))
         start = 0
         for group in range(parquet.metadata.num_row_groups):
             stop = start + parquet.metadata.row_group(group).num_rows
-            if work.rows.within(start, stop):
+            if work.rows & RowSet(((start, stop),)):
                 for batch in parquet.iter_batches(READ_ROWS, row_groups=[group], columns=wanted):
-                    rows = [row - start for row in work.rows.within(start, start + batch.num_rows).indices()]
+                    rows = list(work.rows & RowSet(((start, start + batch.num_rows),)))
                     if rows:
-                        table = pa.Table.from_batches([batch]).take(rows)
-                        yield _block(table, work.shard, [start + row for row in rows], image, columns, storage)
+                        table = pa.Table.from_batches([batch]).take([row - start for row in rows])
+                        yield _block(table, work.shard, rows, image, columns, beside)
                     start += batch.num_rows
             start = stop
 
 
 def _block(
-    table: pa.Table, shard: Shard, rows: Sequence[int], image: str, columns: Sequence[str], storage: Storage
+    table: pa.Table, shard: Shard, rows: Sequence[int], image: str, columns: Sequence[str], beside: Storage
 ) -> pa.Table:
-    images, errors = _read_images(table[image], shard, storage)
+    images, errors = _read_images(table[image], shard, beside)
     count = table.num_rows
     block = {name: table[name] for name in columns}
     block[SHARD] = pa.array([shard.name] * count, pa.string())
@@ -108,7 +108,7 @@ class _Unreadable(Exception):
 
 
 def _read_images(
-    column: pa.ChunkedArray, shard: Shard, storage: Storage
+    column: pa.ChunkedArray, shard: Shard, beside: Storage
 ) -> tuple[list[list[bytes] | None], list[dict[str, str] | None]]:
     """The encoded images of each row, or None with an error value for the row."""
     cells = column.to_pylist()
@@ -117,7 +117,7 @@ def _read_images(
 
         def read(cell: Any) -> list[bytes] | _Unreadable:
             try:
-                return [_encoded(item, shard, storage) for item in _items(cell)]
+                return [_encoded(item, shard, beside) for item in _items(cell)]
             except _Unreadable as error:
                 return error
 
@@ -136,23 +136,21 @@ def _is_path(item: Any) -> bool:
     return isinstance(item, dict) and item.get("bytes") is None and bool(item.get("path"))
 
 
-def _encoded(item: Any, shard: Shard, storage: Storage) -> bytes:
+def _encoded(item: Any, shard: Shard, beside: Storage) -> bytes:
     if _is_path(item):
-        return _fetch(item["path"], shard, storage)
+        return _fetch(item["path"], shard, beside)
     data = item.get("bytes") if isinstance(item, dict) else item
     if data is None:
         raise _Unreadable("decode", "there is no image: the cell is null")
     return bytes(data)
 
 
-def _fetch(path: str, shard: Shard, storage: Storage) -> bytes:
-    """Reads an image named by path, relative to its shard's folder; it must stay under the input's root."""
-    folder = shard.path.rpartition("/")[0]
+def _fetch(path: str, shard: Shard, beside: Storage) -> bytes:
+    """Reads an image named by path, relative to its shard's folder; it must stay below the input's root."""
+    folder = shard.name.rpartition("/")[0]
     try:
-        return storage.read(f"{folder}/{path}" if folder else path)
-    except StoragePathError as error:
-        raise _Unreadable("fetch", f"image path {path!r}: {error}") from None
+        return beside.read(f"{folder}/{path}" if folder else path)
     except FileNotFoundError:
         raise _Unreadable("fetch", f"image path {path!r}: no such file beside the shard") from None
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise _Unreadable("fetch", f"image path {path!r}: {error}") from None

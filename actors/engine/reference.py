@@ -41,10 +41,10 @@ class ReferenceEngine:
     @torch.inference_mode()
     def _generate_row(self, request: Request) -> Completion:
         device, sampling = self.model.device, request.sampling
-        input_ids = torch.from_numpy(request.token_ids).to(device, torch.long)[None]
+        input_ids = torch.tensor(request.token_ids, dtype=torch.long, device=device)[None]
         inputs = {}
         if len(request.layouts):
-            pixels = torch.from_numpy(request.pixels).to(device)
+            pixels = torch.tensor(request.pixels, device=device)
             inputs = {
                 name: value.to(self.model.dtype) if value.is_floating_point() else value
                 for name, value in self.family.model_inputs(pixels, request.layouts).items()

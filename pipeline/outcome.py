@@ -1,0 +1,71 @@
+"""How a run ended: the figures for people and for the run's record, or one sentence about what broke."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.entries import Stats
+
+
+class JobError(RuntimeError):
+    """The job broke; what was published before is kept, and running it again goes on from there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A finished job. `stats` are of the whole output; the other counts and `seconds` of this run only."""
+
+    name: str
+    output: str
+    stats: Stats
+    captioned: int
+    generated_tokens: int
+    seconds: float
+
+    @property
+    def rows(self) -> int:
+        return self.stats.rows
+
+    @property
+    def errors(self) -> int:
+        return self.stats.failed
+
+    @property
+    def failed_fraction(self) -> float:
+        return self.errors / self.rows if self.rows else 0.0
+
+    def describe(self) -> str:
+        """The result in one line."""
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.stats.errors.items())
+        errors = f"{self.errors:,} errors ({kinds})" if self.errors else "no errors"
+        if not self.captioned:
+            return f"{self.name}: nothing to do, all {self.rows:,} rows are captioned in {self.output} ({errors})"
+        return (
+            f"{self.name}: {self.rows:,} rows in {self.output}, {errors}; {self.captioned:,} of them now, in "
+            f"{self.seconds:,.1f} s: {self.captioned / self.seconds:,.1f} rows/s, "
+            f"{self.generated_tokens / self.seconds:,.0f} tokens/s"
+        )
+
+    def record(self) -> dict[str, Any]:
+        """What is kept of the run under _tessera/runs."""
+        return {
+            "rows": self.rows,
+            "errors": dict(self.stats.errors),
+            "captioned": self.captioned,
+            "generated_tokens": self.generated_tokens,
+            "seconds": round(self.seconds, 3),
+            "rows_per_s": round(self.captioned / self.seconds, 3),
+            "tokens_per_s": round(self.generated_tokens / self.seconds, 3),
+        }
+
+
+def root_cause(error: BaseException) -> str:
+    """The one line that says what went wrong, out of the chain of exceptions that Ray wraps around it."""
+    while True:
+        inner = getattr(error, "cause", None) or error.__cause__
+        if not isinstance(inner, BaseException) or inner is error:
+            break
+        error = inner
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
