@@ -1,0 +1,180 @@
+"""The project as a whole: what it imports and when, what it ships, what it pins."""
+
+import ast
+import functools
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("pipeline", "actors", "jobs")
+HEAVY = {"torch", "ray", "transformers", "torchvision"}
+
+# Modules (by prefix, the longest counts) -> what of ours they may import. Imports point one way.
+MAY_IMPORT = {
+    "jobs": {"jobs", "pipeline", "actors"},
+    "pipeline": {"pipeline", "actors"},
+    "actors": {"actors"},
+    "actors.engine": {"actors.engine", "actors.families", "actors.images", "actors.errors"},
+    "actors.families": {"actors.families", "actors.images", "actors.errors"},
+    "actors.images": {"actors.images", "actors.errors"},
+    "actors.errors": set(),
+}
+# Modules of `pipeline` that drive Ray; the others must load in a moment, for `tessera status` and the tests.
+DRIVES_RAY = {"pipeline.cluster", "pipeline.dataflow", "pipeline.sink", "pipeline.source"}
+# Distribution -> module, where they differ.
+MODULE_OF = {"pillow": "PIL", "pyyaml": "yaml"}
+
+
+def modules() -> list[str]:
+    files = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    return sorted(
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in files
+    )
+
+
+@functools.cache
+def imports(module: str) -> frozenset[str]:
+    """Every module that a module imports, inside functions too; relative imports resolved."""
+    base = ROOT.joinpath(*module.split("."))
+    path = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+    package = module if base.is_dir() else module.rpartition(".")[0]
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            source = ".".join([*parents, *([node.module] if node.module else [])])
+            submodules = {f"{source}.{alias.name}" for alias in node.names} & set(modules())
+            found |= submodules or {source}
+    return frozenset(found)
+
+
+def is_within(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
+
+
+@pytest.mark.parametrize("module", modules())
+def test_imports_point_one_way(module: str):
+    layer = max((prefix for prefix in MAY_IMPORT if is_within(module, prefix)), key=len)
+    ours = {
+        name
+        for name in imports(module)
+        if name.partition(".")[0] in {*PACKAGES, "examples", "benchmarks", "tests"}
+    }
+    wrong = {name for name in ours if not any(is_within(name, allowed) for allowed in MAY_IMPORT[layer])}
+    assert not wrong, f"{module} imports {wrong}"
+    roots = {name.partition(".")[0] for name in imports(module)}
+    assert "torchvision" not in roots, "torchvision is an oracle of tests, never needed to run"
+    if layer.startswith("actors"):
+        assert "ray" not in roots, "actors know nothing of Ray: it is pipeline that runs them"
+
+
+def third_party() -> Iterator[tuple[str, str]]:
+    for module in modules():
+        for name in imports(module):
+            root = name.partition(".")[0]
+            if root not in sys.stdlib_module_names and root not in PACKAGES:
+                yield module, root
+
+
+def requirements(extra: str | None = None) -> list[Requirement]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = project["optional-dependencies"][extra] if extra else project["dependencies"]
+    return [Requirement(line) for line in lines]
+
+
+def test_what_is_imported_is_declared():
+    declared = {MODULE_OF.get(requirement.name, requirement.name) for requirement in requirements()}
+    assert {(module, root) for module, root in third_party() if root not in declared} == set()
+
+
+def test_everything_declared_is_pinned():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.lower().split("==") for line in lines if not line.startswith("#"))
+    assert not any("+" in version for version in pins.values()), (
+        "a local version would bind the pin to one machine"
+    )
+    for requirement in [*requirements(), *requirements("dev")]:
+        version = pins[requirement.name.lower()]
+        assert requirement.specifier.contains(Version(version)), f"{requirement} is pinned to {version}"
+    makefile = (ROOT / "Makefile").read_text()
+    for name, version in re.findall(r"(\w+)==([\w.]+)", makefile):
+        assert pins[name] == version
+
+
+def loaded(code: str) -> set[str]:
+    """Top-level modules in memory after running some code in a fresh interpreter."""
+    report = "import sys; print('\\n' + ' '.join({n.partition('.')[0] for n, m in sys.modules.items() if m}))"
+    command = [sys.executable, "-c", f"{code}\n{report}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_most_of_pipeline_loads_without_torch_and_ray():
+    light = [name for name in modules() if is_within(name, "pipeline") and name not in DRIVES_RAY]
+    found = loaded("\n".join(f"import {name}" for name in light)) & HEAVY
+    assert not found
+
+
+HELP = """
+from jobs.cli import main
+try:
+    main(["--help"])
+except SystemExit as done:
+    assert not done.code
+"""
+
+
+def test_help_loads_nothing_heavy():
+    found = loaded(HELP) & HEAVY
+    assert not found
+
+
+def test_help_answers_at_once():
+    script = Path(sys.executable).with_name("tessera")  # there once the project is installed
+    command = [str(script), "--help"] if script.exists() else [sys.executable, "-c", HELP]
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+        seconds.append(time.perf_counter() - start)
+    assert "tessera" in done.stdout
+    assert statistics.median(seconds) < 0.5
+
+
+def test_the_wheel_holds_the_three_packages(tmp_path: Path):
+    source = tmp_path / "source"  # a build leaves folders behind
+    skip = shutil.ignore_patterns("__pycache__")
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, source / package, ignore=skip)
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--wheel-dir", str(tmp_path), str(source)], check=True, timeout=200)
+    (wheel,) = tmp_path.glob("tessera-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        metadata = next(name for name in names if name.endswith("entry_points.txt"))
+        assert "tessera = jobs.cli:main" in archive.read(metadata).decode()
+    shipped = {name for name in names if ".dist-info/" not in name}
+    wanted = {
+        str(path.relative_to(ROOT))
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert shipped == wanted
+    assert {name.partition("/")[0] for name in shipped} == set(PACKAGES)
