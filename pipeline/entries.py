@@ -120,6 +120,7 @@ def to_parquet(table: pa.Table, entries: Mapping[str, Entry], statistics: bool) 
     sink = pa.BufferOutputStream()
     plain = table.replace_schema_metadata(None)
     with pq.ParquetWriter(sink, plain.schema, compression="zstd", write_statistics=statistics) as writer:
-        writer.write_table(plain)
+        if plain.num_rows:  # datasets fails on a row group of no rows, and reads a file of no row groups
+            writer.write_table(plain)
         writer.add_key_value_metadata({KEY: encode(entries)})
     return bytes(sink.getvalue())

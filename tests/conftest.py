@@ -10,7 +10,12 @@ import urllib.request
 import uuid
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
+
+# The same examples every time, and no deadline: test machines are shared and slow.
+hypothesis.settings.register_profile("suite", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("suite")
 
 # A new local Ray would turn on token auth and write a token file into the home folder. Set before any import.
 os.environ["RAY_AUTH_MODE"] = "disabled"

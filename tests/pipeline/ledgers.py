@@ -1,0 +1,78 @@
+"""Helpers for ledger tests: captioned tables, shards, and a storage that dies on command."""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+from actors.columns import RESULT_SCHEMA
+from pipeline.ledger import DATA, JOURNAL, Ledger
+from pipeline.shards import Shard
+from pipeline.storage import Storage
+
+KEPT = pa.schema([("id", pa.string()), ("score", pa.float64())])
+
+
+class Killed(BaseException):
+    """The process died here. Not an Exception: nothing may catch it."""
+
+
+def shard(name: str, rows: int, fingerprint: str = "v1") -> Shard:
+    return Shard(name, f"/input/{name}", rows, fingerprint, 1, pa.schema([("id", pa.string())]))
+
+
+def captions(
+    name: str, rows: Iterable[int], version: str = "v1", failed: Collection[int] = (), text: str = "caption"
+) -> pa.Table:
+    """What Generate hands to the sink: a function of the row, `failed` rows carry an error."""
+    error = {"kind": "decode", "stage": "preprocess", "message": "cut off"}
+    lines = [
+        (f"{name}:{row}", row / 2, name, row, version)
+        + ((None, "error", 10, 7, 0, error) if row in failed else (f"{text} {row}", "stop", 10, 7, 3, None))
+        for row in rows
+    ]
+    identity = pa.schema([("_shard", pa.string()), ("_row", pa.int64()), ("_fingerprint", pa.string())])
+    schema = pa.schema([("id", pa.large_string()), ("score", pa.float64()), *identity, *RESULT_SCHEMA])
+    columns = list(zip(*lines, strict=True)) or [()] * len(schema)
+    return pa.table([pa.array(c, t) for c, t in zip(columns, schema.types, strict=True)], schema=schema)
+
+
+@dataclass(frozen=True)
+class DyingStorage(Storage):
+    """Raises Killed around writes: `deaths` yields, a write each, None, "before" or "after" it took place."""
+
+    deaths: Iterator[str | None] = field(default_factory=lambda: iter(()))
+
+    def __getstate__(self) -> dict[str, str]:
+        raise TypeError("stays in its process")
+
+    def put_atomic(self, path: str, data: bytes) -> None:
+        self._around(lambda: Storage.put_atomic(self, path, data))
+
+    def _delete_one(self, path: str) -> None:
+        self._around(lambda: Storage._delete_one(self, path))
+
+    def _around(self, action: Callable[[], None]) -> None:
+        death = next(self.deaths, None)
+        if death == "before":
+            raise Killed
+        action()
+        if death == "after":
+            raise Killed
+
+
+def sealed_bytes(ledger: Ledger) -> dict[str, bytes]:
+    return {info.path: ledger.storage.read(info.path) for info in ledger.storage.list(DATA)}
+
+
+def journal(ledger: Ledger) -> list[str]:
+    return [info.path for info in ledger.storage.list(JOURNAL)]
+
+
+def run_to_the_end(ledger: Ledger, shards: Sequence[Shard], tables: Iterable[pa.Table]) -> None:
+    """One run: publish, seal what is complete, sweep."""
+    for table in tables:
+        ledger.publish(table)
+    for state in ledger.plan(shards).to_seal:
+        ledger.seal(state.shard, KEPT, state.parts)
+    ledger.sweep(shards)
