@@ -1,4 +1,4 @@
-"""Encoded pictures of any size, aspect ratio and Pillow mode, for hypothesis."""
+"""Encoded pictures of any size, aspect ratio and Pillow mode."""
 
 import io
 from dataclasses import dataclass
@@ -7,9 +7,9 @@ import numpy as np
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests.actors.families.sizes import sizes
+
 MODES = ("RGB", "L", "LA", "P", "RGBA", "CMYK", "I;16", "1")
-LONGEST = 4000
-WIDEST = 50
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,6 @@ class Picture:
         if self.mode == "P":
             image.putpalette(noise.integers(0, 256, 768, dtype=np.uint8).tobytes())
         return image
-
-
-@st.composite
-def sizes(draw: st.DrawFn) -> tuple[int, int]:
-    """(height, width) from 1 x 1 to 4000 x 4000, aspect ratio up to 50:1 either way."""
-    long = draw(st.one_of(st.integers(1, 100), st.integers(1, LONGEST)))
-    short = draw(st.integers(-(-long // WIDEST), long))
-    return (long, short) if draw(st.booleans()) else (short, long)
 
 
 def pictures() -> st.SearchStrategy[Picture]:
