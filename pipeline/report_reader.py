@@ -8,20 +8,21 @@ the rows shown, and only the row groups that hold them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow.parquet as pq
 
+from actors.columns import IMAGES, ROW
 from pipeline.report import Card, ErrorGroup, RowError, Section, Stats
+from pipeline.rows import RowSet
 from pipeline.shards import Shard, discover, output_name
 from pipeline.spec import JobSpec, SpecError
-from pipeline.storage import Storage, open_filesystem
+from pipeline.storage import Storage
 
 _RESULTS = ("caption", "finish_reason", "prompt_tokens", "image_tokens", "generated_tokens", "error")
 _READ_ROWS = 1024  # rows of results at once; they are short
-_READ_IMAGES = 16  # rows of input at once; they hold whole pictures
 _ALWAYS = 3  # rows of each kind of error, and wrong rows, that are shown wherever they stand
 
 
@@ -164,68 +165,26 @@ def _card(label: str, result: Mapping[str, Any], truth: str | None) -> Card:
 
 def _with_input(spec: JobSpec, chosen: Iterable[_Seen]) -> Iterator[Card]:
     """The cards with their pictures and prompts, in the order given (rows of a shard stand together)."""
+    from pipeline.source import ShardWork, read_shard  # here, because it loads Ray
+
+    columns = [spec.input.prompt] if spec.input.prompt else list(spec.prompt.fields)
     by_shard: dict[str, list[_Seen]] = {}
     for seen in chosen:
         by_shard.setdefault(seen.shard.name, []).append(seen)
     for group in by_shard.values():
-        rows = dict(_read_rows(spec, group[0].shard, {seen.row for seen in group}))
+        shard = group[0].shard
+        work = ShardWork(shard, RowSet.of(seen.row for seen in group) & RowSet.span(shard.rows))
+        tables = read_shard(work, spec.input.image, columns)
+        rows = {row[ROW]: row for table in tables for row in table.to_pylist()}
         for seen in group:
-            yield _shown(spec, seen, rows.get(seen.row))
+            source = rows.get(seen.row)
+            yield _shown(spec, seen.card, source) if source else seen.card  # the input may have shrunk since
 
 
-def _read_rows(spec: JobSpec, shard: Shard, rows: Collection[int]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row, input columns) of some rows; row groups that hold none of them are not read."""
-    prompt = [spec.input.prompt] if spec.input.prompt else list(spec.prompt.fields)
-    filesystem, path = open_filesystem(shard.url)
-    with filesystem.open(path, "rb") as file:
-        parquet = pq.ParquetFile(file)
-        start = 0
-        for group in range(parquet.num_row_groups):
-            stop = start + parquet.metadata.row_group(group).num_rows
-            if any(start <= row < stop for row in rows):
-                first = start
-                batches = parquet.iter_batches(
-                    _READ_IMAGES, row_groups=[group], columns=list(dict.fromkeys([spec.input.image, *prompt]))
-                )
-                for batch in batches:
-                    for row in sorted(rows):
-                        if first <= row < first + batch.num_rows:
-                            yield row, batch.slice(row - first, 1).to_pylist()[0]
-                    first += batch.num_rows
-            start = stop
-
-
-def _shown(spec: JobSpec, seen: _Seen, source: Mapping[str, Any] | None) -> Card:
-    card = seen.card
-    if source is None:  # the input is no longer what was captioned
-        return card
-    cell = source[spec.input.image]
-    items = cell if isinstance(cell, list) else [cell]
+def _shown(spec: JobSpec, card: Card, source: Mapping[str, Any]) -> Card:
     prompt = source[spec.input.prompt] if spec.input.prompt else spec.prompt.template.format_map(source)
-    return Card(
-        label=card.label,
-        images=tuple(_encoded(item, seen.shard) for item in items) if cell is not None else (None,),
-        caption=card.caption,
-        prompt=_text(prompt),
-        truth=card.truth,
-        error=card.error,
-        finish_reason=card.finish_reason,
-        prompt_tokens=card.prompt_tokens,
-        image_tokens=card.image_tokens,
-        generated_tokens=card.generated_tokens,
-    )
-
-
-def _encoded(item: Any, shard: Shard) -> bytes | None:
-    """An image's bytes; one given by path is read from beside its shard."""
-    if not isinstance(item, dict):
-        return item
-    if item.get("bytes") is not None or not item.get("path"):
-        return item.get("bytes")
-    try:
-        return Storage(shard.url.rpartition("/")[0]).read(item["path"])
-    except (OSError, ValueError):  # missing, or a path that leaves the shard's folder
-        return None
+    images = source[IMAGES]
+    return replace(card, images=(None,) if images is None else tuple(images), prompt=_text(prompt))
 
 
 def _text(prompt: Any) -> str | None:
