@@ -1,5 +1,6 @@
 """Aria against its stock processor and model: 490 and 980 px, split and not."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,15 @@ def test_unknown_crop_size_is_refused(tmp_path: Path) -> None:
     _, config, processor = aria(700)
     with pytest.raises(CheckpointError, match=r"2500 patches a crop.*\[1225, 4900\]"):
         load_family(write_checkpoint(tmp_path, config, processor))
+
+
+def test_4x_file_layout(tmp_path: Path) -> None:
+    """preprocessor_config.json with the nulls that hub checkpoints hold, chat_template.json."""
+    _, config, processor = aria(980, True)
+    path = write_checkpoint(tmp_path, config, processor, "4.x")
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "split_resolutions": None}))
+    assert_equals_stock(load_family(path), processor, CHAT, [noise(700, 1500)])
 
 
 def test_users_cannot_write_placeholders(split: Subject) -> None:

@@ -1,5 +1,7 @@
 """Fuyu against its stock processor and model: patches of 30 px within 1080 x 1920."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -134,6 +136,25 @@ def test_answers_end_with_the_tokenizers_end_of_text(fuyu: Subject) -> None:
     assert fuyu.family.tokenizer.eos_token_id in fuyu.family.eos_token_ids
     ids = fuyu.family.tokenizer("a cat", add_special_tokens=False)["input_ids"]
     assert fuyu.family.decode([*ids, fuyu.family.tokenizer.eos_token_id]).strip() == "a cat"
+
+
+def test_hub_file_layout(fuyu: Subject, tmp_path: Path) -> None:
+    """As the hub has it: a flat config.json, preprocessor_config.json, `LlamaTokenizerFast`."""
+    _, config, processor = small_fuyu()
+    write_checkpoint(tmp_path, config, processor)
+    nested = json.loads((tmp_path / "config.json").read_text())
+    flat = {**nested.pop("text_config"), **nested}
+    image_processor = json.loads((tmp_path / "processor_config.json").read_text())["image_processor"]
+    tokenizer = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    del tokenizer["backend"]
+    (tmp_path / "processor_config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps({**flat, "model_type": "fuyu"}))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(image_processor))
+    legacy = {**tokenizer, "tokenizer_class": "LlamaTokenizerFast"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(legacy))
+    hub = replace(fuyu, family=load_family(str(tmp_path)))
+    image = noise(200, 300)
+    assert_equals_stock(hub, "what is it?", image, stock(fuyu, "what is it?", pil(image)))
 
 
 def test_a_ragged_canvas_is_refused(tmp_path: Path) -> None:
