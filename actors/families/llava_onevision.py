@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from actors.families.base import Family, ImageLayout, Size, check_features, vision_dtype
 from actors.families.checkpoint import Checkpoint, CheckpointError, square_side
 from actors.images import tiling
+from actors.images.anyres import best_resolution, fit
 from actors.images.decode import ImageError
 
 MULTI: tuple[int, int] = (0, 0)
@@ -103,7 +104,7 @@ class LlavaOnevision(Family):
             square = tiling.pad_to(image, (longest, longest), self._background)
             return tiling.resize(square, tile, self._resample)[None]
         target = (layout.grid[0] * self._side, layout.grid[1] * self._side)
-        fitted = tiling.resize(image, _fit(layout.size, target), self._resample)
+        fitted = tiling.resize(image, fit(layout.size, target), self._resample)
         whole = tiling.resize(image, tile, self._resample)
         return torch.cat([whole[None], tiling.split(tiling.pad_to(fitted, target), tile)])
 
@@ -138,7 +139,7 @@ class LlavaOnevision(Family):
         return check_features([feature for feature in features if feature is not None], layouts)
 
     def _anyres(self, size: Size) -> ImageLayout:
-        height, width = _best_pinpoint(size, self._pinpoints)
+        height, width = best_resolution(size, self._pinpoints)
         rows, columns = height // self._side, width // self._side
         feature_rows, feature_columns = self._feature_map(size, (rows, columns))
         newlines = feature_rows
@@ -161,28 +162,6 @@ class LlavaOnevision(Family):
         if ratio > 1.1:
             rows, columns = int(rows // ratio), int(columns // ratio)
         return rows, columns
-
-
-def _best_pinpoint(size: Size, pinpoints: Sequence[Size]) -> Size:
-    """The pinpoint that keeps most of the image's pixels, then wastes fewest of its own; first of equals."""
-    height, width = size
-    best, best_kept, least_wasted = pinpoints[0], 0, math.inf
-    for target_height, target_width in pinpoints:
-        scale = min(target_width / width, target_height / height)
-        kept = min(int(width * scale) * int(height * scale), width * height)
-        wasted = target_height * target_width - kept
-        if kept > best_kept or (kept == best_kept and wasted < least_wasted):
-            best, best_kept, least_wasted = (target_height, target_width), kept, wasted
-    return best
-
-
-def _fit(size: Size, target: Size) -> Size:
-    """The largest size of the image's aspect ratio within `target`, rounded up."""
-    height, width = size
-    scale_height, scale_width = target[0] / height, target[1] / width
-    if scale_width < scale_height:
-        return min(math.ceil(height * scale_width), target[0]), target[1]
-    return target[0], min(math.ceil(width * scale_height), target[1])
 
 
 def _sizes(layouts: Sequence[ImageLayout], device: torch.device) -> Tensor:
