@@ -159,7 +159,7 @@ class Family(ABC):
                 tokenize=False,
                 add_generation_prompt=True,
             )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise PromptError(f"the chat template refuses the messages: {error}") from error
         return str(text)
 
@@ -204,6 +204,9 @@ class Family(ABC):
     def _check(self, messages: Sequence[Message], images: int) -> None:
         if not messages:
             raise PromptError("there are no messages")
+        for part in (part for message in messages for part in _parts(message)):
+            if part.get("type") != "image" and not isinstance(part.get("text"), str):
+                raise PromptError(f"a message holds images and texts, not {str(part)[:200]}")
         if image_slots(messages) != images:
             raise PromptError(f"the messages have {image_slots(messages)} image slots for {images} images")
         for text in texts(messages):

@@ -114,10 +114,13 @@ def test_prompt_errors(llava_onevision: Subject) -> None:
         family.prompt([user_message("an <image> tag", images=1)], one)
     with pytest.raises(PromptError, match="'<video>'"):
         family.prompt([user_message("a <video> tag", images=1)], one)
-    split = [{"type": "text", "text": "x"}, {"type": "image"}]
     with pytest.raises(PromptError, match="no messages"):
         family.prompt([], ())
-    assert family.prompt([{"role": "user", "content": split}], one).size
+    for part in ({"type": "video"}, {"type": "text"}, {"type": "text", "text": None}):
+        with pytest.raises(PromptError, match="holds images and texts, not"):
+            family.prompt([{"role": "user", "content": [part]}], ())
+    with pytest.raises(PromptError, match="chat template refuses"):
+        family.prompt([{"content": [{"type": "text", "text": "no role"}]}], ())
 
 
 def test_a_square_too_large_is_an_image_error(llava_onevision: Subject) -> None:
