@@ -16,12 +16,11 @@ blocks in flight, and the same command again does only what is missing.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 import uuid
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -76,6 +75,24 @@ def run(spec: JobSpec, show: Display) -> Outcome:
     return outcome
 
 
+def status(spec: JobSpec) -> str:
+    """How far the job is, for people: from its files alone, without a cluster and while it runs."""
+    shards = discover(spec.input)
+    ledger = Ledger(spec.output.path)
+    plan = ledger.plan(shards)
+    sealed = sum(state.sealed for state in plan.shards)
+    errors = "".join(f"\n  {count:,} {kind} errors" for kind, count in plan.stats.errors.items())
+    runs = "".join(
+        f"\n  run {run['run']}: {run['captioned']:,} rows in {run['seconds']:,.0f} s, {run['rows_per_s']:,.1f} rows/s"
+        for run in ledger.runs()[-5:]
+    )
+    complete = "complete" if ledger.succeeded() else "not complete"
+    return (
+        f"{spec.name}: {complete}, {plan.rows_done:,} of {plan.rows:,} rows done, "
+        f"{sealed:,} of {len(plan.shards):,} shards sealed{errors}{runs}"
+    )
+
+
 def dataset(spec: JobSpec, plan: Plan, kept: pa.Schema) -> ray.data.Dataset:
     """The lazy Ray Data pipeline over the plan's remaining rows, up to the captions."""
     import ray.data
@@ -118,6 +135,7 @@ def _caption(
     spec: JobSpec, ledger: Ledger, shards: Sequence[Shard], kept: pa.Schema, plan: Plan, run: _Run, show: Display
 ) -> None:
     """Runs the pipeline to its end, and meanwhile shows progress and seals what is complete."""
+    _check_checkpoint(spec)
     show.phase("starting Ray")
     import ray
 
@@ -148,6 +166,16 @@ def _caption(
         ray.get(list(sealing.values()))
     except Exception as error:
         raise JobError(root_cause(error)) from error
+
+
+def _check_checkpoint(spec: JobSpec) -> None:
+    """Reads the checkpoint's configuration here first: a wrong path is told before a cluster is kept waiting."""
+    from actors.families import CheckpointError, load_family
+
+    try:
+        load_family(_model_path(spec), spec.model.revision)
+    except CheckpointError as error:
+        raise JobError(f"model.path: {error}") from None
 
 
 def _preprocess_config(spec: JobSpec, kept: pa.Schema) -> Any:
@@ -182,8 +210,6 @@ def _generate_config(spec: JobSpec, kept: pa.Schema) -> Any:
 
 def _model_path(spec: JobSpec) -> str:
     """A local checkpoint folder by its absolute path: an actor's working folder need not be the driver's."""
-    import os
-
     return absolute(spec.model.path) if os.path.isdir(spec.model.path) else spec.model.path
 
 

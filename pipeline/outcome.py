@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,11 +62,15 @@ class Outcome:
 
 
 def root_cause(error: BaseException) -> str:
-    """The one line that says what went wrong, out of the chain of exceptions that Ray wraps around it."""
-    while True:
-        inner = getattr(error, "cause", None) or error.__cause__
-        if not isinstance(inner, BaseException) or inner is error:
-            break
+    """The one line that says what went wrong.
+
+    Ray wraps an exception of a task or actor several times over, some of the wraps with nothing but the remote
+    traceback as their text; its last line is the exception itself, as `module.Type: message`.
+    """
+    while isinstance(inner := getattr(error, "cause", None), BaseException):
         error = inner
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt|Lost)\b.*:", line)]
+    return re.sub(r"^(\w+\.)+", "", raised[-1] if raised else lines[0])
