@@ -246,8 +246,6 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> JobSpec:
     something else of it (`prompt.template={title}: what is it?`). Raises SpecError.
     """
     data = _parse_yaml(_read_text(str(path)), str(path))
-    if data is None:
-        data = {}
     if isinstance(data, dict):
         for override in overrides:
             _apply(data, override)
@@ -275,8 +273,7 @@ def _parse_yaml(text: str, source: str) -> Any:
 
 def _apply(data: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
-    name = name.strip()
-    keys = name.split(".")
+    keys = name.strip().split(".")
     if not equals or not all(keys):
         raise SpecError(f"--set {override}: write field=value, for instance generation.max_new_tokens=64")
     value = text if _keeps_text(keys, text) else _parse_yaml(text, f"--set {name}")

@@ -157,14 +157,14 @@ def test_law_5_a_part_is_deleted_only_after_its_shards_are_sealed(ledger: Ledger
 def test_law_6_a_changed_shard_is_a_new_shard(ledger: Ledger) -> None:
     old, new = shard("a.parquet", 3), shard("a.parquet", 4, "v2")
     run_to_the_end(ledger, [old], [captions("a.parquet", range(3))])
-    stale = ledger.publish(captions("a.parquet", [0]))
+    stale = ledger.publish(captions("a.parquet", [0], text="stale"))
     plan = ledger.plan([new])
     assert plan.changed == ("a.parquet",)
     assert plan.rows_done == 0
     assert not ledger.verify([new]).ok
     assert "of another version" in ledger.verify([new]).describe()
-    ledger.publish(captions("a.parquet", range(4), version="v2"))
-    ledger.seal(new, KEPT)
+    ledger.publish(captions("a.parquet", range(4), version="v2", failed=[0]))
+    assert ledger.seal(new, KEPT, journal(ledger)).failed == 1  # the stale caption did not win
     assert ledger.verify([new]).ok
     assert stale in ledger.sweep([new])
     assert journal(ledger) == []
