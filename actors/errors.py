@@ -11,9 +11,9 @@ class RowError(Exception):
     """A failure of one row. `kind` says what is wrong with it and `message` says it to a person."""
 
     def __init__(self, kind: ErrorKind, message: str) -> None:
-        super().__init__(message)
+        super().__init__(kind, message)  # both, so that it survives pickling
         self.kind: ErrorKind = kind
         self.message = message
 
-    def __reduce__(self) -> tuple[type[RowError], tuple[ErrorKind, str]]:
-        return type(self), (self.kind, self.message)
+    def __str__(self) -> str:
+        return self.message

@@ -61,7 +61,9 @@ class Generate:
             assert isinstance(index, int)
             ids = requests[index].token_ids
             rows[index] = _result(
-                completion, prompt_tokens=len(ids), image_tokens=int((ids == self.family.image_token_id).sum())
+                completion,
+                prompt_tokens=len(ids),
+                image_tokens=int((ids == self.family.image_token_id).sum()),
             )
         kept = block.select([*self.config.keep, *IDENTITY])
         results = pa.Table.from_pylist(rows, RESULT_SCHEMA)

@@ -27,8 +27,8 @@ from actors.columns import (
 )
 from actors.errors import RowError
 from actors.families import load_family
-from actors.families.base import Message, PromptError, image_slots, text_message
-from actors.images.decode import ImageError, decode
+from actors.families.base import Message, image_slots, text_message
+from actors.images.decode import decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +87,12 @@ class Preprocess:
                 row = {name: column[index] for name, column in values.items()}
                 try:
                     prepared = self._prepare([image.as_buffer() for image in images[index]], row)
-                except (RowError, ImageError) as error:
-                    errors[index] = error_value(error.kind, "preprocess", str(error))
-                except PromptError as error:
-                    errors[index] = error_value("prompt", "preprocess", str(error))
+                except RowError as error:
+                    errors[index] = error_value(error.kind, "preprocess", error.message)
+                except (
+                    Exception
+                ) as error:  # nobody's fault that we know of: the other rows go on all the same
+                    errors[index] = error_value("crash", "preprocess", f"{type(error).__name__}: {error}")
             rows.append(prepared)
         return self._assemble(block, rows, errors)
 

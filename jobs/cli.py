@@ -25,7 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (SpecError, LedgerMismatch) as error:
         return _fail(BAD_SPEC, error)
     except KeyboardInterrupt:
-        return _fail(130, "interrupted; what was captioned so far is kept, and the same command goes on from there")
+        return _fail(
+            130, "interrupted; what was captioned so far is kept, and the same command goes on from there"
+        )
     except (OSError, RuntimeError) as error:
         return _fail(BROKEN, error)
     return code

@@ -132,7 +132,13 @@ def dataset(spec: JobSpec, plan: Plan, kept: pa.Schema) -> ray.data.Dataset:
 
 
 def _caption(
-    spec: JobSpec, ledger: Ledger, shards: Sequence[Shard], kept: pa.Schema, plan: Plan, run: _Run, show: Display
+    spec: JobSpec,
+    ledger: Ledger,
+    shards: Sequence[Shard],
+    kept: pa.Schema,
+    plan: Plan,
+    run: _Run,
+    show: Display,
 ) -> None:
     """Runs the pipeline to its end, and meanwhile shows progress and seals what is complete."""
     _check_checkpoint(spec)
@@ -148,7 +154,9 @@ def _caption(
     show.phase("loading the model")
     captions = dataset(spec, plan, kept)
     writing = _Background(
-        lambda: captions.write_datasink(JournalSink(ledger), ray_remote_args={"num_cpus": cluster.IO_TASK_CPUS})
+        lambda: captions.write_datasink(
+            JournalSink(ledger), ray_remote_args={"num_cpus": cluster.IO_TASK_CPUS}
+        )
     )
     seal = ray.remote(num_cpus=cluster.IO_TASK_CPUS)(Ledger.seal)
     sealing: dict[str, Any] = {}

@@ -46,7 +46,9 @@ class Progress:
     @property
     def eta(self) -> timedelta | None:
         """Time to the last row at this run's pace; None while there is no pace."""
-        return timedelta(seconds=round((self.total - self.done) / self.rows_per_s)) if self.rows_per_s else None
+        return (
+            timedelta(seconds=round((self.total - self.done) / self.rows_per_s)) if self.rows_per_s else None
+        )
 
 
 def describe(progress: Progress) -> str:

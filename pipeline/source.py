@@ -26,7 +26,9 @@ from pipeline.rows import RowSet
 from pipeline.shards import Shard
 from pipeline.storage import Storage, open_filesystem
 
-READ_ROWS = 64  # rows decoded from parquet at once: small against a block, large against parquet's per-call cost
+READ_ROWS = (
+    64  # rows decoded from parquet at once: small against a block, large against parquet's per-call cost
+)
 _FETCHES = 16  # concurrent downloads of images given by path; they wait on the network, not on a core
 _BUFFER = 8 << 20  # bytes of a column chunk held while it streams
 
@@ -68,7 +70,9 @@ class ShardSource(Datasource):
 def read_shard(work: ShardWork, image: str, columns: Sequence[str]) -> Iterator[pa.Table]:
     """The remaining rows of a shard, in order, in tables of at most `READ_ROWS` rows."""
     filesystem, path = open_filesystem(work.shard.url)
-    beside = Storage(work.shard.url.removesuffix(work.shard.name))  # the input's root, for images given by path
+    beside = Storage(
+        work.shard.url.removesuffix(work.shard.name)
+    )  # the input's root, for images given by path
     with filesystem.open(path, "rb") as file:
         parquet = pq.ParquetFile(file, buffer_size=_BUFFER)
         wanted = list(dict.fromkeys([image, *columns]))

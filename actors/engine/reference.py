@@ -101,7 +101,10 @@ class _StopStrings(StoppingCriteria):
     def __init__(self, family: Family, stop: tuple[str, ...], prompt_length: int) -> None:
         self.family, self.stop, self.prompt_length = family, stop, prompt_length
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: object) -> torch.BoolTensor:
+    def __call__(
+        self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: object
+    ) -> torch.BoolTensor:
         text = self.family.decode(input_ids[0, self.prompt_length :].tolist())
         stopped = any(stop in text for stop in self.stop)
-        return torch.full((input_ids.shape[0],), stopped, device=input_ids.device, dtype=torch.bool)  # type: ignore[return-value]
+        done = torch.full((len(input_ids),), stopped, device=input_ids.device, dtype=torch.bool)
+        return done  # type: ignore[return-value]

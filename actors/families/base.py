@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from actors.errors import RowError
 from actors.families.checkpoint import Checkpoint, CheckpointError
 from actors.images.normalize import PixelTable
 
@@ -28,8 +29,14 @@ Size = tuple[int, int]
 """(height, width) in pixels."""
 
 
-class PromptError(ValueError):
+class PromptError(RowError):
     """Messages that cannot become a prompt: the row's error kind "prompt"."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("prompt", message)
+
+    def __reduce__(self) -> tuple[type["PromptError"], tuple[str]]:
+        return type(self), (self.message,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +96,7 @@ class Family(ABC):
     def layout(self, sizes: Sequence[Size]) -> tuple[ImageLayout, ...]:
         """Lay out all images of ONE row, from their (height, width); () for a text-only row.
 
-        Raises ImageError for a size that the model cannot take.
+        Raises RowError for a size that the model cannot take.
         """
 
     @abstractmethod

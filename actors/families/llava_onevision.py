@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from actors.errors import RowError
 from actors.families.base import Family, ImageLayout, Size, check_features, vision_dtype
 from actors.families.checkpoint import Checkpoint, CheckpointError, square_side
 from actors.images import tiling
 from actors.images.anyres import best_resolution, fit
-from actors.images.decode import ImageError
 
 MULTI: tuple[int, int] = (0, 0)
 """`layout.grid` of an image that shares its row with others."""
@@ -89,7 +89,7 @@ class LlavaOnevision(Family):
             return (self._anyres(sizes[0]),)
         for height, width in sizes:
             if max(height, width) > _MAX_SQUARE_SIDE:
-                raise ImageError(
+                raise RowError(
                     "too_large",
                     f"the image is {height} x {width}: in a row of several images it would be padded to a "
                     f"square, whose side must not exceed {_MAX_SQUARE_SIDE}",

@@ -1,13 +1,12 @@
 """Encoded image bytes -> uint8 RGB pixels.
 
 The one idea: do exactly what the stock processors do with a PIL image (transparency composited on white,
-then "RGB"; EXIF orientation not applied), and turn everything that can go wrong into one `ImageError`
+then "RGB"; EXIF orientation not applied), and turn everything that can go wrong into one `RowError`
 whose kind is the row's error kind.
 """
 
 import io
 import warnings
-from typing import Literal
 
 import numpy as np
 import torch
@@ -15,24 +14,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-
-class ImageError(ValueError):
-    """An image that cannot be used. `kind` is the row's error kind: "decode" or "too_large"."""
-
-    def __init__(self, kind: Literal["decode", "too_large"], message: str) -> None:
-        super().__init__(message)
-        self.kind: Literal["decode", "too_large"] = kind
-        self.message = message
-
-    def __reduce__(self) -> tuple[type["ImageError"], tuple[str, str]]:
-        # Exceptions pickle by their args; ours are not the constructor's.
-        return ImageError, (self.kind, self.message)
+from actors.errors import RowError
 
 
 def decode(data: bytes, max_pixels: int) -> Tensor:
     """Decode the first frame of `data` to uint8 `[3, H, W]`.
 
-    The size is checked in the header, before any pixel is decoded. Raises `ImageError`: "too_large" above
+    The size is checked in the header, before any pixel is decoded. Raises RowError: "too_large" above
     `max_pixels`, "decode" for anything that is empty, truncated, corrupt or not an image.
 
     >>> buffer = io.BytesIO(); Image.new("L", (5, 2), 7).save(buffer, "PNG")
@@ -40,20 +28,20 @@ def decode(data: bytes, max_pixels: int) -> Tensor:
     (3, 2, 5)
     """
     if not data:
-        raise ImageError("decode", "the image is empty (0 bytes)")
+        raise RowError("decode", "the image is empty (0 bytes)")
     _raise_pillow_limit(max_pixels)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of oddities in metadata; what matters is raised
             pixels = _pixels(data, max_pixels)
-    except ImageError:
+    except RowError:
         raise
     except Image.DecompressionBombError as error:
-        raise ImageError("too_large", f"the image exceeds max_pixels={max_pixels}: {error}") from error
+        raise RowError("too_large", f"the image exceeds max_pixels={max_pixels}: {error}") from error
     except Image.UnidentifiedImageError as error:
-        raise ImageError("decode", f"not an image in a known format ({len(data)} bytes)") from error
+        raise RowError("decode", f"not an image in a known format ({len(data)} bytes)") from error
     except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, struct.error, ... on bad data
-        raise ImageError("decode", f"cannot decode the image: {type(error).__name__}: {error}") from error
+        raise RowError("decode", f"cannot decode the image: {type(error).__name__}: {error}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
@@ -71,7 +59,7 @@ def _pixels(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
         width, height = image.size
         if width * height > max_pixels:
             size = f"{width} x {height} = {width * height} pixels"
-            raise ImageError("too_large", f"the image is {size}, above max_pixels={max_pixels}")
+            raise RowError("too_large", f"the image is {size}, above max_pixels={max_pixels}")
         return np.array(to_rgb(image))
 
 

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actors.errors import RowError
 from actors.families import PromptError, text_message, user_message
-from actors.images.decode import ImageError
 from tests.actors.families.conftest import Subject
 from tests.actors.families.oracle import assert_equals_stock, lay_out, noise
 from tests.actors.families.sizes import EXTREMES, LAW, sizes
@@ -124,6 +124,6 @@ def test_prompt_errors(llava_onevision: Subject) -> None:
 
 
 def test_a_square_too_large_is_an_image_error(llava_onevision: Subject) -> None:
-    with pytest.raises(ImageError, match="40000") as error:
+    with pytest.raises(RowError, match="40000") as error:
         llava_onevision.family.layout([(1, 40000), (10, 10)])
     assert error.value.kind == "too_large"

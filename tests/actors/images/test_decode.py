@@ -1,4 +1,4 @@
-"""Decoding equals what the stock processors make of a PIL image, and every bad image is an ImageError."""
+"""Decoding equals what the stock processors make of a PIL image, and every bad image is a RowError."""
 
 import contextlib
 import io
@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from actors.images.decode import ImageError, decode
+from actors.errors import RowError
+from actors.images.decode import decode
 
 LIMIT = 178_956_970
 
@@ -113,7 +114,7 @@ def test_animations_give_their_first_frame(file_format: str) -> None:
 
 
 def test_empty_is_an_error() -> None:
-    with pytest.raises(ImageError, match="0 bytes") as error:
+    with pytest.raises(RowError, match="0 bytes") as error:
         decode(b"", LIMIT)
     assert error.value.kind == "decode"
 
@@ -122,7 +123,7 @@ def test_empty_is_an_error() -> None:
 @pytest.mark.parametrize("kept", [0.02, 0.5, 0.9])
 def test_truncated_is_an_error(file_format: str, kept: float) -> None:
     data = encoded(random_image("RGB", (200, 100)), file_format)
-    with pytest.raises(ImageError) as error:
+    with pytest.raises(RowError) as error:
         decode(data[: int(len(data) * kept)], LIMIT)
     assert error.value.kind == "decode"
 
@@ -131,13 +132,13 @@ def test_truncated_is_an_error(file_format: str, kept: float) -> None:
     "data", [b"x", b"not an image at all", b"\x89PNG\r\n\x1a\n", b"<svg></svg>", bytes(999)]
 )
 def test_other_bytes_are_an_error(data: bytes) -> None:
-    with pytest.raises(ImageError, match="not an image|cannot decode") as error:
+    with pytest.raises(RowError, match="not an image|cannot decode") as error:
         decode(data, LIMIT)
     assert error.value.kind == "decode"
 
 
 def test_flipped_bytes_never_escape() -> None:
-    """Whatever a corrupt file makes a decoder do, it comes out as pixels or as an ImageError."""
+    """Whatever a corrupt file makes a decoder do, it comes out as pixels or as a RowError."""
     rng = np.random.default_rng(1)
     for file_format in ("PNG", "JPEG", "GIF", "WEBP", "TIFF"):
         data = encoded(random_image("RGB", (40, 30)), file_format)
@@ -145,20 +146,20 @@ def test_flipped_bytes_never_escape() -> None:
             corrupt = bytearray(data)
             for place in rng.integers(0, len(data), 4):
                 corrupt[place] = rng.integers(0, 256)
-            with contextlib.suppress(ImageError):
+            with contextlib.suppress(RowError):
                 assert decode(bytes(corrupt), 10_000).dtype == torch.uint8
 
 
 def test_too_large_is_seen_in_the_header() -> None:
     data = encoded(Image.new("L", (30, 20)), "PNG")
     assert decode(data, 600).shape == (3, 20, 30)
-    with pytest.raises(ImageError, match=r"30 x 20 = 600 pixels, above max_pixels=599") as error:
+    with pytest.raises(RowError, match=r"30 x 20 = 600 pixels, above max_pixels=599") as error:
         decode(data, 599)
     assert error.value.kind == "too_large"
     # A header that promises 4 Gpixel without such data behind it is refused for its size, not its data.
     size = b"IHDR" + struct.pack(">II", 65_000, 65_000) + data[24:29]
     promise = data[:12] + size + struct.pack(">I", zlib.crc32(size)) + data[33:]
-    with pytest.raises(ImageError, match="max_pixels") as error:
+    with pytest.raises(RowError, match="max_pixels") as error:
         decode(promise, LIMIT)
     assert error.value.kind == "too_large"
 
@@ -167,12 +168,12 @@ def test_too_large_is_seen_in_the_header() -> None:
 def test_the_limit_may_exceed_pillows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     data = encoded(Image.new("L", (30, 20)), "PNG")
-    with pytest.raises(ImageError) as error:
+    with pytest.raises(RowError) as error:
         decode(data, 50)
     assert error.value.kind == "too_large"
     assert decode(data, 1000).shape == (3, 20, 30)
 
 
 def test_errors_pickle() -> None:
-    error = pickle.loads(pickle.dumps(ImageError("too_large", "message")))
+    error = pickle.loads(pickle.dumps(RowError("too_large", "message")))
     assert (error.kind, error.message, str(error)) == ("too_large", "message", "message")
