@@ -11,7 +11,7 @@ objects, and union, difference and complement are one linear sweep each.
 (((0, 4), (7, 8)), 5, [[4, 7], [8, 10]])
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -58,9 +58,6 @@ class RowSet:
 
     def __bool__(self) -> bool:
         return bool(self.ranges)
-
-    def __iter__(self) -> Iterator[int]:
-        return chain.from_iterable(range(first, last) for first, last in self.ranges)
 
     def indices(self) -> list[int]:
         """Every row, ascending."""

@@ -27,7 +27,7 @@ from pipeline.shards import Shard
 from pipeline.storage import Storage, open_filesystem
 
 READ_ROWS = (
-    64  # rows decoded from parquet at once: small against a block, large against parquet's per-call cost
+    64  # rows decoded from parquet at once: a block's worth, and large against parquet's per-call cost
 )
 _FETCHES = 16  # concurrent downloads of images given by path; they wait on the network, not on a core
 _BUFFER = 8 << 20  # bytes of a column chunk held while it streams
@@ -42,11 +42,17 @@ class ShardWork:
 
 
 class ShardSource(Datasource):
-    """A read task for each shard with remaining rows. `columns` are the user's columns to carry along."""
+    """A read task for each shard with remaining rows.
 
-    def __init__(self, work: Sequence[ShardWork], image: str, columns: Sequence[str]) -> None:
+    `columns` are the user's columns to carry along. Those of `kept` (columns.job_schema) get their type there, so
+    that blocks of different shards fit together.
+    """
+
+    def __init__(
+        self, work: Sequence[ShardWork], image: str, columns: Sequence[str], kept: pa.Schema
+    ) -> None:
         super().__init__()
-        self.work, self.image, self.columns = list(work), image, list(columns)
+        self.work, self.image, self.columns, self.kept = list(work), image, list(columns), kept
 
     def get_name(self) -> str:
         return "Shards"
@@ -60,30 +66,37 @@ class ShardSource(Datasource):
         return [self._task(item) for item in self.work]
 
     def _task(self, item: ShardWork) -> ReadTask:
-        image, columns = self.image, self.columns  # not `self`: a task carries one shard only
+        image, columns, kept = (
+            self.image,
+            self.columns,
+            self.kept,
+        )  # not `self`: a task carries one shard only
         metadata = BlockMetadata(
             num_rows=len(item.rows), size_bytes=item.shard.size, input_files=[item.shard.url], exec_stats=None
         )
-        return ReadTask(lambda: read_shard(item, image, columns), metadata)
+        return ReadTask(lambda: read_shard(item, image, columns, kept), metadata)
 
 
-def read_shard(work: ShardWork, image: str, columns: Sequence[str]) -> Iterator[pa.Table]:
+def read_shard(
+    work: ShardWork, image: str, columns: Sequence[str], kept: pa.Schema | None = None
+) -> Iterator[pa.Table]:
     """The remaining rows of a shard, in order, in tables of at most `READ_ROWS` rows."""
     filesystem, path = open_filesystem(work.shard.url)
-    beside = Storage(
-        work.shard.url.removesuffix(work.shard.name)
-    )  # the input's root, for images given by path
+    beside = Storage(work.shard.root)  # the input's root, for images given by path
     with filesystem.open(path, "rb") as file:
         parquet = pq.ParquetFile(file, buffer_size=_BUFFER)
         wanted = list(dict.fromkeys([image, *columns]))
         start = 0
         for group in range(parquet.metadata.num_row_groups):
             stop = start + parquet.metadata.row_group(group).num_rows
-            if work.rows & RowSet(((start, stop),)):
+            if work.rows.within(start, stop):
                 for batch in parquet.iter_batches(READ_ROWS, row_groups=[group], columns=wanted):
-                    rows = list(work.rows & RowSet(((start, start + batch.num_rows),)))
+                    rows = work.rows.within(start, start + batch.num_rows).indices()
                     if rows:
                         table = pa.Table.from_batches([batch]).take([row - start for row in rows])
+                        for field in kept or ():
+                            index = table.schema.get_field_index(field.name)
+                            table = table.set_column(index, field, table[field.name].cast(field.type))
                         yield _block(table, work.shard, rows, image, columns, beside)
                     start += batch.num_rows
             start = stop

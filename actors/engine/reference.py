@@ -28,6 +28,8 @@ class ReferenceEngine:
         for request in requests:
             try:
                 yield self._generate_row(request)
+            except RowError as error:
+                yield Completion(request.key, (), None, "error", error)
             except torch.cuda.OutOfMemoryError as error:
                 torch.cuda.empty_cache()
                 message = f"out of device memory at {len(request.token_ids)} prompt tokens: {error}"

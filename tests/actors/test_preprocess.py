@@ -1,0 +1,100 @@
+"""Preprocess: every row comes out, prepared or with an error that says what is wrong with it."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from actors.columns import ERROR, PIXELS, SIZES, TOKEN_IDS, error_value
+from actors.families import load_family, user_message
+from actors.images.decode import decode
+from actors.preprocess import Preprocess
+from tests.blocks import picture, preprocess_config, source_block
+from tests.checkpoints import FAMILIES, untrained
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_row_carries_what_its_family_makes_of_it(name):
+    family = load_family(untrained(name))
+    data = picture(90, 50)
+    block = source_block([[data]], id=["x"], prompt=["Describe the image."])
+    row = Preprocess(preprocess_config(untrained(name)))(block).to_pylist()[0]
+
+    layouts = family.layout([(50, 90)])
+    assert row["id"] == "x" and row[ERROR] is None
+    assert row[SIZES] == [[50, 90]]
+    assert row[TOKEN_IDS] == family.prompt([user_message("Describe the image.", images=1)], layouts).tolist()
+    pixels = np.frombuffer(row[PIXELS], np.uint8).reshape(-1, *family.tile_shape)
+    assert torch.equal(torch.tensor(pixels), family.tile(decode(data, 10_000), layouts[0]))
+
+
+def test_bad_rows_become_error_rows_and_the_others_go_on():
+    good = picture()
+    failed = error_value("fetch", "read", "no such file")
+    block = source_block(
+        [[good], [good[:40]], [b""], [picture(200, 200)], None, [good], [good]],
+        errors=[None, None, None, None, failed, None, None],
+        id=list("abcdefg"),
+        prompt=["Describe the image."] * 5 + [None, "an <image> of what?"],
+    )
+    rows = Preprocess(preprocess_config(untrained("llava_onevision")))(block).to_pylist()
+
+    assert [row["id"] for row in rows] == list("abcdefg")
+    kinds = [row[ERROR] and row[ERROR]["kind"] for row in rows]
+    assert kinds == [None, "decode", "decode", "too_large", "fetch", "prompt", "prompt"]
+    assert "40000 pixels" in rows[3][ERROR]["message"] and "max_pixels=10000" in rows[3][ERROR]["message"]
+    assert rows[4][ERROR] == failed
+    assert all(row[PIXELS] is None for row in rows[1:]) and rows[0][PIXELS]
+
+
+def test_a_prompt_that_leaves_no_room_for_the_caption_is_too_long():
+    config = preprocess_config(untrained("llava_onevision"), max_new_tokens=1_000_000)
+    error = Preprocess(config)(source_block([[picture()]], id=["x"], prompt=["Describe"])).to_pylist()[0][
+        ERROR
+    ]
+    assert error["kind"] == "too_long" and "max_new_tokens=1000000" in error["message"]
+
+
+def test_a_template_is_filled_from_the_row():
+    config = preprocess_config(
+        untrained("llava_onevision"),
+        prompt_column=None,
+        template="{word} the image.",
+        template_columns=("word",),
+    )
+    block = source_block([[picture()]] * 2, id=["x", "y"], word=["Describe", None])
+    filled, null = Preprocess(config)(block).to_pylist()
+    family = load_family(untrained("llava_onevision"))
+    expected = family.prompt([user_message("Describe the image.", images=1)], family.layout([(50, 60)]))
+    assert filled[TOKEN_IDS] == expected.tolist()
+    assert null[ERROR]["kind"] == "prompt" and "'word'" in null[ERROR]["message"]
+
+
+def test_chats_several_images_and_text_alone_share_a_block():
+    chat = [
+        {"role": "user", "content": "Describe the image."},
+        {"role": "assistant", "content": "a red circle"},
+        {"role": "user", "content": "Describe the image."},
+    ]
+    plain = [{"role": "user", "content": "Describe the image."}]
+    prompts = pa.array([chat, plain, plain, [], [{"role": "user", "content": None}]])
+    block = source_block(
+        [[picture()], [picture(), picture(90, 40)], [], [], []], id=list("abcde"), prompt=prompts
+    )
+    config = preprocess_config(untrained("llava_onevision"), system="Be brief.")
+    rows = Preprocess(config)(block).to_pylist()
+    assert [row[ERROR] and row[ERROR]["kind"] for row in rows] == [None, None, None, "prompt", "prompt"]
+    assert [row[SIZES] for row in rows[:3]] == [[[50, 60]], [[50, 60], [40, 90]], []]
+    assert rows[2][PIXELS] == b""
+    assert len(rows[0][TOKEN_IDS]) > len(rows[2][TOKEN_IDS])
+
+
+def test_images_go_where_the_chat_puts_them():
+    part = {"type": "text", "text": "Describe"}
+    slot = {"type": "image", "text": None}
+    after = [{"role": "user", "content": [part, slot]}]
+    block = source_block([[picture()], [picture()]], id=["x", "y"], prompt=pa.array([after, after[:1]]))
+    family = load_family(untrained("aya_vision"))
+    rows = Preprocess(preprocess_config(untrained("aya_vision")))(block).to_pylist()
+    messages = [{"role": "user", "content": [part, {"type": "image"}]}]
+    assert rows[0][TOKEN_IDS] == family.prompt(messages, family.layout([(50, 60)])).tolist()

@@ -1,0 +1,117 @@
+"""The source: the remaining rows and no others, every form of image column, and paths that may not escape."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from actors.columns import ERROR, FINGERPRINT, IMAGES, ROW, SHARD
+from pipeline.columns import job_schema
+from pipeline.rows import RowSet
+from pipeline.shards import discover
+from pipeline.source import ShardSource, ShardWork, read_shard
+from pipeline.spec import parse_spec
+
+STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def write(folder, table: pa.Table, name="a.parquet", row_group_size=10):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path, row_group_size=row_group_size)
+    (shard,) = discover(
+        parse_spec({"input": {"path": str(folder)}, "model": {"path": "m"}, "output": {"path": "o"}}).input
+    )
+    return shard
+
+
+def read(shard, rows=None, columns=("id",)) -> list[dict]:
+    work = ShardWork(shard, RowSet.span(shard.rows) if rows is None else RowSet.of(rows))
+    return [row for table in read_shard(work, "image", columns) for row in table.to_pylist()]
+
+
+@pytest.mark.parametrize("rows", [range(35), [0], [9, 10], [34], range(3, 31, 7), []])
+def test_only_the_remaining_rows_are_read_in_order(tmp_path, rows):
+    shard = write(
+        tmp_path, pa.table({"id": range(35), "image": [b"%d" % i for i in range(35)], "big": ["x"] * 35})
+    )
+    found = read(shard, rows)
+    assert [row[ROW] for row in found] == [row["id"] for row in found] == list(rows)
+    assert [row[IMAGES] for row in found] == [[b"%d" % row["id"]] for row in found]
+    assert all("big" not in row and row[ERROR] is None for row in found)
+    assert {row[SHARD] for row in found} <= {"a.parquet"} and {row[FINGERPRINT] for row in found} <= {
+        shard.fingerprint
+    }
+
+
+def test_row_groups_with_nothing_to_do_are_not_read(tmp_path, monkeypatch):
+    shard = write(tmp_path, pa.table({"id": range(40), "image": [b"x"] * 40}))
+    groups = []
+    original = pq.ParquetFile.iter_batches
+    monkeypatch.setattr(
+        pq.ParquetFile,
+        "iter_batches",
+        lambda self, *a, **k: groups.extend(k["row_groups"]) or original(self, *a, **k),
+    )
+    read(shard, [12, 33])
+    assert groups == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("images", "expected"),
+    [
+        (pa.array([b"a", None]), [[b"a"], None]),
+        (pa.array([b"a", None], pa.large_binary()), [[b"a"], None]),
+        (
+            pa.array([{"bytes": b"a", "path": "x.png"}, None, {"bytes": None, "path": None}], STRUCT),
+            [[b"a"], None, None],
+        ),
+        (pa.array([[b"a", b"b"], [], [None]], pa.list_(pa.binary())), [[b"a", b"b"], [], None]),
+        (pa.array([[{"bytes": b"a", "path": None}], None], pa.list_(STRUCT)), [[b"a"], None]),
+    ],
+)
+def test_every_form_of_image_column(tmp_path, images, expected):
+    shard = write(tmp_path, pa.table({"id": range(len(images)), "image": images}))
+    rows = read(shard)
+    assert [row[IMAGES] for row in rows] == expected
+    for row in rows:
+        assert (row[ERROR] is None) == (row[IMAGES] is not None)
+        if row[ERROR]:
+            assert row[ERROR]["kind"] == "decode" and row[ERROR]["stage"] == "read"
+
+
+def test_images_by_path_are_fetched_from_beside_the_shard(tmp_path):
+    (tmp_path / "outside.png").write_bytes(b"secret")
+    data = tmp_path / "data"
+    (data / "deep" / "pictures").mkdir(parents=True)
+    (data / "deep" / "pictures" / "1.png").write_bytes(b"one")
+    (data / "top.png").write_bytes(b"top")
+    paths = [
+        "pictures/1.png",
+        "../top.png",
+        "gone.png",
+        "../../outside.png",
+        "/etc/passwd",
+        "s3://bucket/x.png",
+    ]
+    cells = pa.array([{"bytes": None, "path": path} for path in paths], STRUCT)
+    shard = write(data, pa.table({"id": range(len(paths)), "image": cells}), "deep/a.parquet")
+    rows = read(shard)
+    assert rows[0][IMAGES] == [b"one"]
+    for row, path in zip(rows[1:], paths[1:], strict=True):
+        assert row[IMAGES] is None and row[ERROR]["kind"] == "fetch" and path in row[ERROR]["message"]
+    assert not any(b"secret" in str(row).encode() for row in rows)
+
+
+def test_a_task_a_shard_with_kept_columns_of_one_type(tmp_path):
+    strings = pa.array(["x"]).dictionary_encode()
+    pq.write_table(pa.table({"tag": strings, "image": [b"a"]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"tag": pa.nulls(1), "image": [b"b"]}), tmp_path / "b.parquet")
+    spec = parse_spec({"input": {"path": str(tmp_path)}, "model": {"path": "m"}, "output": {"path": "o"}})
+    shards = discover(spec.input)
+    kept = job_schema(spec, shards)
+    source = ShardSource([ShardWork(shard, RowSet.span(1)) for shard in shards], "image", ["tag"], kept)
+    tasks = source.get_read_tasks(parallelism=200)
+    assert [task.metadata.num_rows for task in tasks] == [1, 1]
+    blocks = [block for task in tasks for block in task()]
+    assert [block["tag"].type for block in blocks] == [pa.string(), pa.string()]
+    assert [block[SHARD].to_pylist() for block in blocks] == [["a.parquet"], ["b.parquet"]]
