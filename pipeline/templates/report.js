@@ -13,3 +13,10 @@ for (const chip of chips) {
     }
   });
 }
+
+// Long captions and messages are cut; a click shows the whole of them, and a second one cuts them again.
+for (const text of document.querySelectorAll(".card .text")) {
+  text.addEventListener("click", () => {
+    if (!String(getSelection())) text.closest(".card").classList.toggle("open");
+  });
+}
