@@ -43,9 +43,10 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 	@$(PIP) --no-build-isolation -e .
 	@touch $@
 
-# torchvision is the oracle of the image tests. The index's build belongs to CUDA torch, so it comes without dependencies.
+# torchvision is the oracle of the image tests. The index's build belongs to CUDA torch, so it comes without
+# dependencies, and into a folder that only pytest looks into (pyproject.toml): transformers imports it where it can.
 $(VENV)/.dev: $(VENV)/.runtime
 	@echo "Installing the test and lint tools"
 	@$(PIP) --no-build-isolation -e '.[dev]'
-	@$(PIP) --no-deps torchvision==0.28.0
+	@$(PIP) --no-deps --upgrade --target $(VENV)/oracle torchvision==0.28.0
 	@touch $@
