@@ -111,12 +111,15 @@ def _verify(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from pathlib import Path
 
+    from pipeline.ledger import Ledger
     from pipeline.report import render
     from pipeline.report_reader import read_section
     from pipeline.spec import load_spec
 
     spec = load_spec(options.spec, options.set)
-    page = render([read_section(spec, limit=options.rows, truth=options.truth)], title=spec.name)
+    seconds = sum(run["seconds"] for run in Ledger(spec.output.path).runs()) or None
+    section = read_section(spec, limit=options.rows, truth=options.truth, seconds=seconds)
+    page = render([section], title=spec.name)
     Path(options.out).write_text(page, encoding="utf-8")
     print(f"wrote {options.out}")
     return OK

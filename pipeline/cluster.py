@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,8 +66,9 @@ def connect(resources: ResourcesSpec) -> None:
     with _muted_stderr():
         if address:
             try:
+                _knock(address)
                 ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
-            except (ConnectionError, RuntimeError, ValueError) as error:
+            except (OSError, RuntimeError, ValueError) as error:
                 raise ClusterError(f"no Ray cluster answers at RAY_ADDRESS={address}: {error}") from None
         else:
             # A laptop runs the smallest pools even where they outnumber its cores: slower, but it works.
@@ -78,6 +80,13 @@ def connect(resources: ResourcesSpec) -> None:
                 log_to_driver=False,
                 logging_level=logging.WARNING,
             )
+
+
+def _knock(address: str) -> None:
+    """Raises OSError where nothing listens at host:port: Ray would try again and again for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 @contextmanager

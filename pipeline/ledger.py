@@ -171,7 +171,8 @@ class Ledger:
 
     def bind(self, spec: JobSpec) -> None:
         """Writes spec.json for a new output; for an old one, raises LedgerMismatch unless captions would be
-        the same (law 8). The file holds the whole spec of the last run, for people and for `status`."""
+        the same (law 8). An output without a single caption is free for any spec. The file holds the whole
+        spec of the last run, for people."""
         fields = spec.fingerprint_fields()
         record = {
             "fingerprint": spec.fingerprint(), "fields": fields, "spec": spec.model_dump(mode="json")
@@ -181,7 +182,7 @@ class Ledger:
             return
         before = json.loads(self.storage.read(SPEC))
         differing = _differing(before["fields"], fields)
-        if differing:
+        if differing and any(self.storage.list(folder) for folder in (JOURNAL, DATA)):
             raise LedgerMismatch(
                 f"{self.storage.url} holds captions of a job that differs in {'; '.join(differing)}. "
                 "Set output.path to a new folder, or set the fields back."

@@ -55,11 +55,15 @@ def describe(progress: Progress) -> str:
     """The state as one plain line."""
     share = progress.done / progress.total if progress.total else 1.0
     eta = f", ETA {progress.eta}" if progress.eta and progress.done < progress.total else ""
-    errors = f", {progress.errors:,} error{'s' * (progress.errors != 1)}" if progress.errors else ""
+    errors = f", {_errors(progress)}" if progress.errors else ""
     return (
         f"{progress.done:,} / {progress.total:,} rows ({share:.0%}), {progress.rows_per_s:,.1f} rows/s, "
         f"{progress.tokens_per_s:,.0f} tokens/s{errors}{eta}"
     )
+
+
+def _errors(progress: Progress) -> str:
+    return f"{progress.errors:,} error{'s' * (progress.errors != 1)}"
 
 
 class Display(Protocol):
@@ -110,7 +114,8 @@ class _Live:
         self.name = name
         self.console = Console(file=stream)
         self.live = Live(console=self.console, refresh_per_second=8, transient=False)
-        self._phase, self._progress, self._since = "starting", None, time.monotonic()
+        self._phase = "starting"
+        self._progress: Progress | None = None
 
     def __enter__(self) -> _Live:
         self.live.__enter__()
@@ -122,11 +127,11 @@ class _Live:
         self.live.__exit__(kind, error, trace)
 
     def phase(self, text: str) -> None:
-        self._phase, self._since = text, time.monotonic()
-        self.live.update(self._render())
+        self._phase = text
+        self.live.update(self._render(), refresh=True)
 
     def update(self, progress: Progress) -> None:
-        self._progress: Progress | None = progress
+        self._progress = progress
         self.live.update(self._render())
 
     def _render(self) -> Table:
@@ -138,7 +143,7 @@ class _Live:
         numbers = [Text(f"{progress.done:,}/{progress.total:,}", "green")]
         numbers.append(Text(f"{progress.rows_per_s:,.1f} rows/s"))
         numbers.append(Text(f"{progress.tokens_per_s:,.0f} tokens/s"))
-        numbers.append(Text(f"{progress.errors:,} errors", "red" if progress.errors else "dim"))
+        numbers.append(Text(_errors(progress), "red" if progress.errors else "dim"))
         if progress.done < progress.total:
             numbers.append(Text(f"ETA {progress.eta}", "cyan"))
         bar = ProgressBar(total=max(progress.total, 1), completed=progress.done, width=30)

@@ -82,3 +82,21 @@ def _wait_until_it_answers(endpoint: str, server: subprocess.Popen) -> None:
         else:
             return
     raise RuntimeError("moto.server did not answer in time")
+
+
+@pytest.fixture(scope="session")
+def ray_address(s3_endpoint: str) -> Iterator[str]:
+    """The address of a running Ray cluster: a head without CPUs and two workers with a logical GPU each.
+
+    Its workers inherit the S3 server's variables. Tests join it as users do, from a process of its own with
+    RAY_ADDRESS set.
+    """
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        for _ in range(2):
+            cluster.add_node(num_cpus=2, num_gpus=1)
+        yield cluster.address
+    finally:
+        cluster.shutdown()

@@ -217,6 +217,7 @@ def spec_with(**generation: object) -> JobSpec:
 
 def test_law_8_one_output_holds_the_captions_of_one_spec(ledger: Ledger) -> None:
     ledger.bind(spec_with())
+    ledger.publish(captions(A.name, range(3)))
     ledger.bind(spec_with())
     with pytest.raises(LedgerMismatch) as caught:
         ledger.bind(spec_with(max_new_tokens=64, stop=["."]))
@@ -284,3 +285,9 @@ def test_rows_without_identity_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError):
             ledger.publish(bad)
+
+
+def test_an_output_without_captions_is_free_for_another_spec(ledger: Ledger) -> None:
+    ledger.bind(spec_with(max_new_tokens=1))
+    ledger.bind(spec_with(max_new_tokens=2))
+    assert b'"generation.max_new_tokens": 2' in ledger.storage.read("_tessera/spec.json")

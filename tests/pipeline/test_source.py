@@ -47,11 +47,12 @@ def test_row_groups_with_nothing_to_do_are_not_read(tmp_path, monkeypatch):
     shard = write(tmp_path, pa.table({"id": range(40), "image": [b"x"] * 40}))
     groups = []
     original = pq.ParquetFile.iter_batches
-    monkeypatch.setattr(
-        pq.ParquetFile,
-        "iter_batches",
-        lambda self, *a, **k: groups.extend(k["row_groups"]) or original(self, *a, **k),
-    )
+
+    def spy(self, *args, row_groups, **kwargs):
+        groups.extend(row_groups)
+        return original(self, *args, row_groups=row_groups, **kwargs)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", spy)
     read(shard, [12, 33])
     assert groups == [1, 3]
 

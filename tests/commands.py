@@ -1,0 +1,35 @@
+"""Runs Tessera's commands as a user does: in a process of their own, from the root of the project."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Finished:
+    code: int
+    out: str
+    err: str
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """This process's environment with one thread a process, the project importable, and `extra`."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **extra}
+
+
+def tessera(*arguments: str | Path, timeout: float = 240, **extra: str) -> Finished:
+    """`tessera ARGUMENTS` with `extra` environment variables."""
+    command = [sys.executable, "-m", "jobs.cli", *map(str, arguments)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(**extra), capture_output=True, text=True, timeout=timeout, check=False
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def settings(**fields: object) -> list[str]:
+    """--set options; a double underscore stands for a dot."""
+    return [f"--set={name.replace('__', '.')}={value}" for name, value in fields.items()]

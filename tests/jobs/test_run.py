@@ -1,0 +1,202 @@
+"""`tessera run`, end to end: real Ray, real checkpoints, local disk and S3; exit codes and what stands in them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import boto3
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from examples.toy.dataset import write_dataset
+from pipeline.columns import job_schema
+from pipeline.ledger import Ledger
+from pipeline.shards import discover
+from pipeline.spec import load_spec
+from tests.checkpoints import untrained
+from tests.commands import ROOT, environment, settings, tessera
+
+SPEC = "examples/llava_onevision.yaml"
+COLUMNS = ["caption", "finish_reason", "prompt_tokens", "image_tokens", "generated_tokens", "error"]
+
+
+def options(tmp_path: Path, **changes: object) -> list[str]:
+    fields: dict[str, object] = {
+        "input__path": tmp_path / "in",
+        "output__path": tmp_path / "out",
+        "model__path": untrained("llava_onevision"),
+        "generation__max_new_tokens": 6,
+    }
+    return settings(**{**fields, **changes})
+
+
+def test_captions_every_row_in_order_and_repeats_nothing(tmp_path, ray_address):
+    write_dataset(tmp_path / "in", rows=90, shards=3, seed=1, corrupt=0.1)
+    arguments = options(tmp_path, resources__generate__gpus=1, resources__generate__replicas="[1, 2]")
+    done = tessera("run", SPEC, *arguments, RAY_ADDRESS=ray_address)
+    assert done.code == 0, done.err
+    assert "90 rows" in done.out and "9 errors (9 decode)" in done.out
+    assert "90 / 90 rows (100%)" in done.err
+
+    for shard in range(3):
+        source = pq.read_table(tmp_path / f"in/part-{shard:05d}.parquet")
+        sealed = pq.read_table(tmp_path / f"out/data/part-{shard:05d}.parquet")
+        assert sealed.column_names == ["id", "truth", *COLUMNS]
+        assert sealed["id"] == source["id"] and sealed["truth"] == source["truth"]
+    rows = pq.read_table(tmp_path / "out/data").to_pylist()
+    failed = [row for row in rows if row["error"]]
+    assert len(failed) == 9 and {row["error"]["kind"] for row in failed} == {"decode"}
+    for row in rows:
+        assert (row["caption"] is None) == (row["finish_reason"] == "error") == (row["error"] is not None)
+        assert row["error"] or (row["prompt_tokens"] > row["image_tokens"] > 0 and row["generated_tokens"] > 0)
+    assert (tmp_path / "out/_SUCCESS").exists()
+    assert not list((tmp_path / "out/_tessera/journal").iterdir())
+
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    again = tessera("run", SPEC, *arguments)  # not even a cluster is needed
+    assert again.code == 0 and "nothing to do, all 90 rows" in again.out
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+    assert tessera("verify", SPEC, *arguments).out.startswith("verified: 90 rows in, 90 rows out")
+    status = tessera("status", SPEC, *arguments).out
+    assert "complete, 90 of 90 rows done, 3 of 3 shards sealed" in status and "9 decode errors" in status
+    page = tmp_path / "page.html"
+    assert tessera("report", SPEC, *arguments, "--truth", "truth", "-o", page).code == 0
+    assert page.read_text().count("data:image/") >= 30
+
+
+def test_the_output_opens_in_the_readers_people_have(tmp_path, ray_address):
+    import datasets
+    import pandas
+
+    write_dataset(tmp_path / "in", rows=20, shards=2, seed=2, corrupt=0.1)
+    assert tessera("run", SPEC, *options(tmp_path), RAY_ADDRESS=ray_address).code == 0
+    data = tmp_path / "out/data"
+    expected = [row["caption"] for row in pq.read_table(data).to_pylist()]
+    frame = pandas.concat([pandas.read_parquet(path) for path in sorted(data.iterdir())])
+    assert [None if pandas.isna(caption) else caption for caption in frame["caption"]] == expected
+    table = duckdb.sql(f"select caption, error.kind from read_parquet('{data}/*.parquet') order by id").fetchall()
+    assert [caption for caption, _ in table] == expected and [kind for _, kind in table].count("decode") == 2
+    loaded = datasets.load_dataset(
+        "parquet", data_files=str(data / "*.parquet"), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    assert loaded["caption"] == expected
+
+
+def test_the_same_on_s3_with_too_many_errors_told(tmp_path, ray_address, s3_endpoint, s3_url):
+    write_dataset(tmp_path / "in", rows=20, shards=2, seed=3, corrupt=0.2)
+    bucket = s3_url.removeprefix("s3://")
+    client = boto3.client("s3", endpoint_url=s3_endpoint)
+    for path in sorted((tmp_path / "in").iterdir()):
+        client.upload_file(str(path), bucket, f"in/deep/{path.name}")
+    arguments = options(tmp_path, input__path=f"{s3_url}/in/", output__path=f"{s3_url}/out/")
+    done = tessera("run", SPEC, *arguments, RAY_ADDRESS=ray_address)
+    assert done.code == 3
+    assert "4 of 20 rows failed (20.0%)" in done.err and "limits.max_failed_fraction=0.1" in done.err
+    keys = sorted(item["Key"] for item in client.list_objects_v2(Bucket=bucket, Prefix="out/")["Contents"])
+    assert [key for key in keys if "/runs/" not in key] == [
+        "out/_SUCCESS",
+        "out/_tessera/spec.json",
+        "out/data/deep/part-00000.parquet",
+        "out/data/deep/part-00001.parquet",
+    ]
+    lenient = tessera("run", SPEC, *arguments, "--set=limits.max_failed_fraction=0.2")
+    assert lenient.code == 0 and "nothing to do" in lenient.out
+
+
+def test_what_is_in_the_journal_is_not_generated_again(tmp_path, ray_address):
+    write_dataset(tmp_path / "in", rows=40, shards=2, seed=4)
+    arguments = options(tmp_path)
+    spec = load_spec(SPEC, [argument.removeprefix("--set=") for argument in arguments])
+    shards = discover(spec.input)
+    ledger = Ledger(spec.output.path)
+    ledger.bind(spec)
+    source = pq.read_table(tmp_path / "in/part-00000.parquet", columns=job_schema(spec, shards).names).slice(5, 10)
+    part = source.append_column("_shard", pa.array([shards[0].name] * 10))
+    part = part.append_column("_row", pa.array(range(5, 15), pa.int64()))
+    part = part.append_column("_fingerprint", pa.array([shards[0].fingerprint] * 10))
+    for name, value in zip(COLUMNS, ("from before", "stop", 9, 4, 2, None), strict=True):
+        part = part.append_column(name, pa.array([value] * 10))
+    ledger.publish(part)
+
+    done = tessera("run", SPEC, *arguments, RAY_ADDRESS=ray_address)
+    assert done.code == 0 and "30 of them now" in done.out, done.err
+    captions = pq.read_table(tmp_path / "out/data/part-00000.parquet")["caption"].to_pylist()
+    assert [caption == "from before" for caption in captions] == [5 <= row < 15 for row in range(20)]
+
+    write_dataset(tmp_path / "more", rows=7, shards=1, seed=5)
+    (tmp_path / "more/part-00000.parquet").rename(tmp_path / "in/part-00002.parquet")
+    grown = tessera("run", SPEC, *arguments, RAY_ADDRESS=ray_address)
+    assert grown.code == 0 and "47 rows" in grown.out and "7 of them now" in grown.out
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path):
+    """On a local Ray of its own, as on a laptop; the driver and all of Ray die at once."""
+    write_dataset(tmp_path / "in", rows=256, shards=2, seed=6)
+    arguments = options(tmp_path, generation__max_new_tokens=20)
+    command = [sys.executable, "-m", "jobs.cli", "run", SPEC, *arguments]
+    env = environment()
+    env.pop("RAY_ADDRESS", None)
+    journal = tmp_path / "out/_tessera/journal"
+    with subprocess.Popen(
+        command, cwd=ROOT, env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as victim:
+        deadline = time.monotonic() + 120
+        while not (journal.is_dir() and list(journal.glob("part-*"))):
+            assert victim.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        os.killpg(victim.pid, signal.SIGKILL)
+    kept = sum(pq.read_metadata(path).num_rows for path in journal.glob("part-*"))
+    kept += sum(pq.read_metadata(path).num_rows for path in (tmp_path / "out").glob("data/*.parquet"))
+    assert 0 < kept < 256
+    done = tessera("run", SPEC, *arguments)
+    assert done.code == 0 and "256 rows" in done.out, done.err
+    assert f"{256 - kept} of them now" in done.out
+    assert pq.read_table(tmp_path / "out/data")["caption"].null_count == 0
+
+
+def test_a_wrong_spec_exits_2_at_once(tmp_path):
+    done = tessera("run", SPEC, *options(tmp_path, generation__max_new_tokens=0))
+    assert done.code == 2 and "generation.max_new_tokens" in done.err and "Traceback" not in done.err
+    done = tessera("run", SPEC, *options(tmp_path))
+    assert done.code == 2 and f"{tmp_path / 'in'} does not exist" in done.err
+    write_dataset(tmp_path / "in", rows=2, shards=1, seed=1)
+    done = tessera("run", SPEC, *options(tmp_path), "--set=input.image=images")
+    assert done.code == 2 and "input.image" in done.err and "did you mean 'image'" in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_jobs_output_is_not_touched(tmp_path, ray_address):
+    write_dataset(tmp_path / "in", rows=3, shards=1, seed=1)
+    assert tessera("run", SPEC, *options(tmp_path), RAY_ADDRESS=ray_address).code == 0
+    done = tessera("run", SPEC, *options(tmp_path, generation__max_new_tokens=7))
+    assert done.code == 2 and "generation.max_new_tokens (6 there, 7 here)" in done.err
+
+
+def test_a_broken_job_exits_1_with_one_sentence(tmp_path, ray_address):
+    write_dataset(tmp_path / "in", rows=3, shards=1, seed=1)
+    done = tessera("run", SPEC, *options(tmp_path, model__path=tmp_path / "nowhere"))
+    assert done.code == 1
+    assert done.err.splitlines()[-1] == f"tessera: model.path: {tmp_path / 'nowhere'}: no such checkpoint folder"
+    greedy = options(tmp_path, resources__generate__gpus=8)  # the output of the broken job is free to be used
+    done = tessera("run", SPEC, *greedy, RAY_ADDRESS=ray_address)
+    assert done.code == 1 and done.err.splitlines()[-1].startswith("tessera: the job needs 8 GPUs and the cluster has 2")
+    done = tessera("run", SPEC, *options(tmp_path), RAY_ADDRESS="127.0.0.1:1")
+    assert done.code == 1 and "no Ray cluster answers at RAY_ADDRESS=127.0.0.1:1" in done.err
+
+
+@pytest.mark.parametrize("family", ["aria", "fuyu"])
+def test_weights_that_cannot_be_read_break_the_job(tmp_path, ray_address, family):
+    broken = tmp_path / "checkpoint"
+    broken.mkdir()
+    for path in Path(untrained(family)).iterdir():
+        data = path.read_bytes()
+        (broken / path.name).write_bytes(data[:500] if path.suffix == ".safetensors" else data)
+    write_dataset(tmp_path / "in", rows=3, shards=1, seed=1)
+    done = tessera("run", f"examples/{family}.yaml", *options(tmp_path, model__path=broken), RAY_ADDRESS=ray_address)
+    assert done.code == 1 and "SafetensorError" in done.err.splitlines()[-1]

@@ -1,0 +1,38 @@
+"""The preflight: what can never be placed is refused in one sentence, what the autoscaler may bring is not."""
+
+import pytest
+
+from pipeline.cluster import Capacity, ClusterError, preflight, required
+from pipeline.spec import ResourcesSpec
+
+
+def resources(preprocess=(1, 4), cpus=1.0, generate=(1, 8), gpus=1.0) -> ResourcesSpec:
+    return ResourcesSpec.model_validate(
+        {"preprocess": {"replicas": preprocess, "cpus": cpus}, "generate": {"replicas": generate, "gpus": gpus}}
+    )
+
+
+def test_a_gpu_actor_takes_no_cpu_and_a_cpu_one_takes_one():
+    assert required(resources()) == (2, 1)
+    assert required(resources(gpus=0)) == (3, 0)
+    assert required(resources(preprocess=(3, 3), cpus=2, generate=(2, 2), gpus=0.5)) == (7, 1)
+
+
+def test_what_fits_passes():
+    preflight(resources(), Capacity(2, 1, 2, 1))
+    preflight(resources(gpus=0), Capacity(3, 0, 3, 0))
+
+
+def test_missing_gpus_are_refused_with_the_way_out():
+    with pytest.raises(ClusterError, match=r"needs 1 GPUs and the cluster has 0 .*resources\.generate\.gpus=0") as error:
+        preflight(resources(), Capacity(64, 0, 64, 0))
+    assert "\n" not in str(error.value)
+
+
+def test_missing_cpus_are_refused_with_the_arithmetic():
+    with pytest.raises(ClusterError, match=r"needs 5 CPUs, 1 of them for reads and writes, and the cluster has 2"):
+        preflight(resources(preprocess=(2, 2), cpus=2), Capacity(2, 1, 2, 1))
+
+
+def test_what_the_autoscaler_may_bring_counts():
+    preflight(resources(generate=(8, 8)), Capacity(1, 0, 64, 8))
