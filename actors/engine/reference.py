@@ -108,5 +108,4 @@ class _StopStrings(StoppingCriteria):
     ) -> torch.BoolTensor:
         text = self.family.decode(input_ids[0, self.prompt_length :].tolist())
         stopped = any(stop in text for stop in self.stop)
-        done = torch.full((len(input_ids),), stopped, device=input_ids.device, dtype=torch.bool)
-        return done  # type: ignore[return-value]
+        return torch.full((len(input_ids),), stopped, device=input_ids.device)  # type: ignore[return-value]

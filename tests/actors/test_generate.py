@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from actors.columns import ERROR, IDENTITY, RESULT_SCHEMA, error_value
+from actors.engine.reference import ReferenceEngine
 from actors.errors import RowError
 from actors.families import load_family, load_model
 from actors.generate import Generate
@@ -62,6 +63,7 @@ def test_a_row_that_fails_in_the_engine_is_an_error_row(monkeypatch):
     path = untrained("llava_onevision")
     block = prepared(path, [[picture()]] * 2, id=["x", "y"], prompt=["Describe the image."] * 2)
     generate = Generate(generate_config(path))
+    assert isinstance(generate.engine, ReferenceEngine)
     row_by_row = generate.engine._generate_row
 
     def second_fails(request):
