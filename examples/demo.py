@@ -33,7 +33,7 @@ def main() -> int:
     """Runs the demo; a job that breaks raises."""
     parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder to fill (%(default)s)")
-    parser.add_argument("--rows", type=int, default=120, help="rows for each family (%(default)s)")
+    parser.add_argument("--rows", type=int, default=200, help="rows for each family (%(default)s)")
     options = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     shutil.rmtree(options.out, ignore_errors=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,13 @@ def tessera(*arguments: str | Path, timeout: float = 240, **extra: str) -> Finis
     """`tessera ARGUMENTS` with `extra` environment variables."""
     command = [sys.executable, "-m", "jobs.cli", *map(str, arguments)]
     done = subprocess.run(
-        command, cwd=ROOT, env=environment(**extra), capture_output=True, text=True, timeout=timeout, check=False
+        command,
+        cwd=ROOT,
+        env=environment(**extra),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
     )
     return Finished(done.returncode, done.stdout, done.stderr)
 
@@ -33,3 +40,19 @@ def tessera(*arguments: str | Path, timeout: float = 240, **extra: str) -> Finis
 def settings(**fields: object) -> list[str]:
     """--set options; a double underscore stands for a dot."""
     return [f"--set={name.replace('__', '.')}={value}" for name, value in fields.items()]
+
+
+def ray_environment() -> dict[str, str]:
+    """What a person's shell gives `ray`: this Python's programs first on the path, and no cluster joined."""
+    env = environment(PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}")
+    for name in ("RAY_ADDRESS", "PYTHONPATH"):
+        env.pop(name, None)
+    return env
+
+
+def ray(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`ray ARGUMENTS` from the root of the project."""
+    command = [str(BIN / "ray"), *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=ray_environment(), capture_output=True, text=True, timeout=240, check=False
+    )

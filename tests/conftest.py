@@ -1,6 +1,7 @@
 """Fixtures for every test: a quiet Ray, and a real HTTP S3 server (moto) in a process of its own."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from collections.abc import Iterator
 
 import hypothesis
 import pytest
+
+from tests.commands import BIN, ray, ray_environment
 
 # The same examples every time, and no deadline: test machines are shared and slow.
 hypothesis.settings.register_profile("suite", derandomize=True, deadline=None)
@@ -100,3 +103,29 @@ def ray_address(s3_endpoint: str) -> Iterator[str]:
         yield cluster.address
     finally:
         cluster.shutdown()
+
+
+@pytest.fixture(scope="session")
+def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of the dashboard of a running Ray head, where jobs are submitted."""
+    ports = []
+    for _ in range(2):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            ports.append(probe.getsockname()[1])
+    gcs, web = ports
+    command = [str(BIN / "ray"), "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={web}"]
+    command += ["--num-cpus=4", "--num-gpus=1", "--disable-usage-stats"]
+    with (tmp_path_factory.mktemp("ray") / "log").open("w") as log:
+        head = subprocess.Popen(
+            command, env=ray_environment(), stdout=log, stderr=log, start_new_session=True
+        )
+    address = f"http://127.0.0.1:{web}"
+    try:
+        # The dashboard answers before the node's agent, which starts jobs, does.
+        while ray("job", "submit", f"--address={address}", "--", "true").returncode:
+            assert head.poll() is None
+        yield address
+    finally:
+        os.killpg(head.pid, signal.SIGKILL)  # a graceful end takes half a minute
+        head.wait(10)

@@ -53,14 +53,18 @@ def test_captions_every_row_in_order_and_repeats_nothing(tmp_path, ray_address):
     assert len(failed) == 9 and {row["error"]["kind"] for row in failed} == {"decode"}
     for row in rows:
         assert (row["caption"] is None) == (row["finish_reason"] == "error") == (row["error"] is not None)
-        assert row["error"] or (row["prompt_tokens"] > row["image_tokens"] > 0 and row["generated_tokens"] > 0)
+        assert row["error"] or (
+            row["prompt_tokens"] > row["image_tokens"] > 0 and row["generated_tokens"] > 0
+        )
     assert (tmp_path / "out/_SUCCESS").exists()
     assert not list((tmp_path / "out/_tessera/journal").iterdir())
 
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
     again = tessera("run", SPEC, *arguments)  # not even a cluster is needed
     assert again.code == 0 and "nothing to do, all 90 rows" in again.out
-    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert before == {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()
+    }
 
     assert tessera("verify", SPEC, *arguments).out.startswith("verified: 90 rows in, 90 rows out")
     status = tessera("status", SPEC, *arguments).out
@@ -80,7 +84,9 @@ def test_the_output_opens_in_the_readers_people_have(tmp_path, ray_address):
     expected = [row["caption"] for row in pq.read_table(data).to_pylist()]
     frame = pandas.concat([pandas.read_parquet(path) for path in sorted(data.iterdir())])
     assert [None if pandas.isna(caption) else caption for caption in frame["caption"]] == expected
-    table = duckdb.sql(f"select caption, error.kind from read_parquet('{data}/*.parquet') order by id").fetchall()
+    table = duckdb.sql(
+        f"select caption, error.kind from read_parquet('{data}/*.parquet') order by id"
+    ).fetchall()
     assert [caption for caption, _ in table] == expected and [kind for _, kind in table].count("decode") == 2
     loaded = datasets.load_dataset(
         "parquet", data_files=str(data / "*.parquet"), split="train", cache_dir=str(tmp_path / "cache")
@@ -116,7 +122,9 @@ def test_what_is_in_the_journal_is_not_generated_again(tmp_path, ray_address):
     shards = discover(spec.input)
     ledger = Ledger(spec.output.path)
     ledger.bind(spec)
-    source = pq.read_table(tmp_path / "in/part-00000.parquet", columns=job_schema(spec, shards).names).slice(5, 10)
+    source = pq.read_table(tmp_path / "in/part-00000.parquet", columns=job_schema(spec, shards).names).slice(
+        5, 10
+    )
     part = source.append_column("_shard", pa.array([shards[0].name] * 10))
     part = part.append_column("_row", pa.array(range(5, 15), pa.int64()))
     part = part.append_column("_fingerprint", pa.array([shards[0].fingerprint] * 10))
@@ -144,7 +152,12 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     env.pop("RAY_ADDRESS", None)
     journal = tmp_path / "out/_tessera/journal"
     with subprocess.Popen(
-        command, cwd=ROOT, env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command,
+        cwd=ROOT,
+        env=env,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     ) as victim:
         deadline = time.monotonic() + 120
         while not (journal.is_dir() and list(journal.glob("part-*"))):
@@ -182,10 +195,14 @@ def test_a_broken_job_exits_1_with_one_sentence(tmp_path, ray_address):
     write_dataset(tmp_path / "in", rows=3, shards=1, seed=1)
     done = tessera("run", SPEC, *options(tmp_path, model__path=tmp_path / "nowhere"))
     assert done.code == 1
-    assert done.err.splitlines()[-1] == f"tessera: model.path: {tmp_path / 'nowhere'}: no such checkpoint folder"
+    assert (
+        done.err.splitlines()[-1] == f"tessera: model.path: {tmp_path / 'nowhere'}: no such checkpoint folder"
+    )
     greedy = options(tmp_path, resources__generate__gpus=8)  # the output of the broken job is free to be used
     done = tessera("run", SPEC, *greedy, RAY_ADDRESS=ray_address)
-    assert done.code == 1 and done.err.splitlines()[-1].startswith("tessera: the job needs 8 GPUs and the cluster has 2")
+    assert done.code == 1 and done.err.splitlines()[-1].startswith(
+        "tessera: the job needs 8 GPUs and the cluster has 2"
+    )
     done = tessera("run", SPEC, *options(tmp_path), RAY_ADDRESS="127.0.0.1:1")
     assert done.code == 1 and "no Ray cluster answers at RAY_ADDRESS=127.0.0.1:1" in done.err
 
@@ -198,5 +215,7 @@ def test_weights_that_cannot_be_read_break_the_job(tmp_path, ray_address, family
         data = path.read_bytes()
         (broken / path.name).write_bytes(data[:500] if path.suffix == ".safetensors" else data)
     write_dataset(tmp_path / "in", rows=3, shards=1, seed=1)
-    done = tessera("run", f"examples/{family}.yaml", *options(tmp_path, model__path=broken), RAY_ADDRESS=ray_address)
+    done = tessera(
+        "run", f"examples/{family}.yaml", *options(tmp_path, model__path=broken), RAY_ADDRESS=ray_address
+    )
     assert done.code == 1 and "SafetensorError" in done.err.splitlines()[-1]

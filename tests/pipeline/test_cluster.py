@@ -8,7 +8,10 @@ from pipeline.spec import ResourcesSpec
 
 def resources(preprocess=(1, 4), cpus=1.0, generate=(1, 8), gpus=1.0) -> ResourcesSpec:
     return ResourcesSpec.model_validate(
-        {"preprocess": {"replicas": preprocess, "cpus": cpus}, "generate": {"replicas": generate, "gpus": gpus}}
+        {
+            "preprocess": {"replicas": preprocess, "cpus": cpus},
+            "generate": {"replicas": generate, "gpus": gpus},
+        }
     )
 
 
@@ -24,13 +27,17 @@ def test_what_fits_passes():
 
 
 def test_missing_gpus_are_refused_with_the_way_out():
-    with pytest.raises(ClusterError, match=r"needs 1 GPUs and the cluster has 0 .*resources\.generate\.gpus=0") as error:
+    with pytest.raises(
+        ClusterError, match=r"needs 1 GPUs and the cluster has 0 .*resources\.generate\.gpus=0"
+    ) as error:
         preflight(resources(), Capacity(64, 0, 64, 0))
     assert "\n" not in str(error.value)
 
 
 def test_missing_cpus_are_refused_with_the_arithmetic():
-    with pytest.raises(ClusterError, match=r"needs 5 CPUs, 1 of them for reads and writes, and the cluster has 2"):
+    with pytest.raises(
+        ClusterError, match=r"needs 5 CPUs, 1 of them for reads and writes, and the cluster has 2"
+    ):
         preflight(resources(preprocess=(2, 2), cpus=2), Capacity(2, 1, 2, 1))
 
 
