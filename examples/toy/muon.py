@@ -1,7 +1,7 @@
-"""Muon: momentum whose matrix updates are orthogonalised, so that small models learn in a third of AdamW's steps.
+"""Muon: momentum whose matrix updates are orthogonalised; small models learn in fewer steps than with AdamW.
 
-`torch.optim.Muon` runs its iteration in bfloat16, which CPUs do slowly; this one is float32 and takes stacks of
-matrices (a mixture's experts).  Coefficients: https://kellerjordan.github.io/posts/muon/
+`torch.optim.Muon` iterates in bfloat16, which CPUs do slowly; this one is float32 and takes stacks of matrices
+(a mixture's experts). Coefficients: https://kellerjordan.github.io/posts/muon/
 """
 
 from __future__ import annotations
@@ -36,9 +36,8 @@ class Muon(torch.optim.Optimizer):
                 momentum = state["momentum"].mul_(group["momentum"]).add_(parameter.grad)
                 update = orthogonalize(parameter.grad.add(momentum, alpha=group["momentum"]))
                 scale = 0.2 * max(parameter.shape[-2:]) ** 0.5
-                parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(
-                    update, alpha=-group["lr"] * scale
-                )
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update, alpha=-group["lr"] * scale)
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Synthetic scenes with ground-truth captions, so that a caption can be checked for truth.
 
-A scene is one object, or two objects in a relation, on a plain background: "a red circle left of a blue square
-on a gray background". Everything about a scene follows from one integer seed; picture and captions
-are two views of it. The first object named is the left or the upper one, so that a scene has exactly one true
-caption in each language.
+A scene is one object, or two objects in a relation, on a plain background: "a red circle left of a blue
+square on a gray background". Everything about it follows from one integer seed; picture and captions are two
+views of it. The first object named is the left or the upper one, so that a scene has exactly one true caption
+in each language.
 
 >>> scene = random_scene(3)
 >>> image, text = draw(scene), caption(scene, "en")

@@ -1,8 +1,9 @@
 """Train a toy checkpoint: `python -m examples.toy.train FAMILY --out DIR --steps N`.
 
-Rows are encoded by the family code that `tessera run` uses (layout, tile, prompt, embed_images), so a checkpoint
-that learns is also a test of that code. The loss is on the caption and its end only. Held-out scenes come from
-seeds that training never draws; a row counts when its greedy caption is exactly the truth. Minutes on two cores.
+Rows are encoded by the family code that `tessera run` uses (layout, tile, prompt, embed_images), so a
+checkpoint that learns is also a test of that code. The loss is on the caption and its end only. Held-out
+scenes come from seeds that training never draws; a row counts when its greedy caption is exactly the truth.
+Minutes on two cores (set OMP_WAIT_POLICY=PASSIVE where they are shared).
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import argparse
 import math
 import random
+import shutil
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -135,11 +138,16 @@ def start_from(model: PreTrainedModel, path: str, prefix: str) -> int:
 def train(arguments: argparse.Namespace) -> None:
     """Train, keep the best checkpoint by held-out exactness, stop early at the goal, report."""
     out = Path(arguments.out)
-    model = write_untrained(arguments.family, out, arguments.seed)
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:  # `out` may itself be what to start from
+        model = write_untrained(arguments.family, Path(scratch), arguments.seed)
+        for source in arguments.init:
+            path, _, prefix = source.partition(":")
+            print(f"{start_from(model, path, prefix)} tensors from {source}")
+        shutil.copytree(scratch, out, dirs_exist_ok=True)
+    save_weights(model, out)
     family = load_family(str(out))
     print(f"{family.name}: {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-    if arguments.init:
-        print(f"{start_from(model, arguments.init, arguments.init_prefix)} tensors from {arguments.init}")
     started = time.monotonic()
     rows = [encode(family, arguments.seed * arguments.rows + index) for index in range(arguments.rows)]
     held_out = [encode(family, HELD_OUT + index) for index in range(arguments.held_out)]
@@ -199,8 +207,13 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=200, help="steps between measurements")
     parser.add_argument("--goal", type=float, default=0.995, help="held-out exactness to stop at")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--init", help="checkpoint to take tensors of the same name and shape from")
-    parser.add_argument("--init-prefix", default="", help="only these, e.g. model.vision_tower")
+    parser.add_argument(
+        "--init",
+        nargs="+",
+        default=[],
+        metavar="PATH[:PREFIX]",
+        help="checkpoints to start from: tensors (with that prefix) of the same name and shape",
+    )
     train(parser.parse_args())
 
 

@@ -1,7 +1,7 @@
 """Word-level tokenizers for the toy checkpoints, with each family's real special tokens and chat format.
 
-The one idea: a vocabulary is every word that a scene's captions and prompts can hold, behind the special tokens
-that the family's processor and chat template know by name.
+The one idea: a vocabulary is every word that a scene's captions and prompts can hold, behind the special
+tokens that the family's processor and chat template know by name.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def build_tokenizer(family: str) -> PreTrainedTokenizerFast:
 
 
 def _fuyu_tokenizer(vocabulary: list[str]) -> PreTrainedTokenizerFast:
-    """SentencePiece's habits in small: a space is "▁" and a text gets one in front, as the processor expects."""
+    """SentencePiece's habits in small: a space is "▁", and a text gets one in front."""
     special = ["<unk>", "<s>", "|ENDOFTEXT|"]
     pieces = ["|SPEAKER|", "|NEWLINE|", "<0x00>", "<0x01>", "<0x02>", "<0x03>", "<0x04>", "▁"]
     core = _word_level([*special, *pieces, *(f"▁{word}" for word in vocabulary)])
