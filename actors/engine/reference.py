@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
+from threading import Lock
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
@@ -23,11 +24,14 @@ class ReferenceEngine:
     def __init__(self, family: Family, model: PreTrainedModel) -> None:
         self.family = family
         self.model = model.eval()
+        self._turn = Lock()  # callers take turns, row by row: torch's random state is the process's
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         for request in requests:
             try:
-                yield self._generate_row(request)
+                with self._turn:
+                    completion = self._generate_row(request)
+                yield completion
             except RowError as error:
                 yield Completion(request.key, (), None, "error", error)
             except torch.cuda.OutOfMemoryError as error:
