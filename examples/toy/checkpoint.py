@@ -12,6 +12,7 @@ Weights are bfloat16 on disk and float32 in use (`dtype` in config.json): half t
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +87,32 @@ def build_model(family: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMo
     config = model_config(family, tokenizer)
     config.dtype = torch.float32
     model = CLASSES[family](config)
-    if family == "aria":  # stock starts the queries at zero: all alike, so that they could only learn alike
-        torch.nn.init.normal_(model.model.multi_modal_projector.query)
+    if family == "aria":
+        _prepare_queries(model)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     return model
+
+
+def _prepare_queries(model: PreTrainedModel) -> None:
+    """Let Aria's queries tell what is where.
+
+    Stock starts them at zero: all alike, they could only learn alike. They also see patches in no order, so a
+    place is known only by the tower's position embedding, whose stock start drowns in the pixels: the model
+    then names both objects and guesses "left of" or "above". It starts with loud waves instead.
+    """
+    torch.nn.init.normal_(model.model.multi_modal_projector.query)
+    table = model.model.vision_tower.embeddings.position_embedding.weight
+    side = math.isqrt(table.shape[0])
+    waves = torch.logspace(-1, 1, table.shape[1] // 4, base=4.0)  # a quarter to four of them across the image
+    angles = 2 * math.pi * torch.arange(side)[:, None] / side * waves
+    axis = 2 * torch.cat([angles.sin(), angles.cos()], dim=1)
+    rows, columns = axis[:, None].expand(-1, side, -1), axis[None].expand(side, -1, -1)
+    with torch.no_grad():
+        table.copy_(torch.cat([rows, columns], dim=2).flatten(0, 1))
 
 
 def model_config(family: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
