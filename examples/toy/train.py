@@ -118,7 +118,8 @@ def exact(model: PreTrainedModel, family: Family, rows: Sequence[Row], size: int
 
 def optimizers(model: PreTrainedModel, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices within layers and projector, AdamW for embeddings, norms, biases and the head."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         inside = ".layers." in name or ("multi_modal_projector" in name and not name.endswith("query"))
         (matrices if inside and parameter.ndim >= 2 and "router" not in name else others).append(parameter)

@@ -6,6 +6,8 @@ tokens that the family's processor and chat template know by name.
 
 from __future__ import annotations
 
+from typing import Any
+
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
@@ -79,8 +81,9 @@ def build_tokenizer(family: str) -> PreTrainedTokenizerFast:
         special = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|img|>"]
         special += ["<fim_prefix>", "<fim_suffix>"]
         core = _word_level([*special, "user", "assistant", "system", *vocabulary])
-        tokens = {"eos_token": "<|im_end|>", "pad_token": "<unk>", "bos_token": "<s>"}
-        return _fast(core, special, extra_special_tokens={"image_token": "<|img|>"}, **tokens)
+        return _fast(
+            core, special, bos_token="<s>", eos_token="<|im_end|>", pad_token="<unk>", image_token="<|img|>"
+        )
     if family == "aya_vision":
         turns = ["START_OF_TURN_TOKEN", "END_OF_TURN_TOKEN", "USER_TOKEN", "CHATBOT_TOKEN", "SYSTEM_TOKEN"]
         answer = ["START_RESPONSE", "END_RESPONSE"]
@@ -92,8 +95,14 @@ def build_tokenizer(family: str) -> PreTrainedTokenizerFast:
         core.post_processor = processors.TemplateProcessing(
             single="<BOS_TOKEN> $A", special_tokens=[("<BOS_TOKEN>", special.index("<BOS_TOKEN>"))]
         )
-        tokens = {"eos_token": "<|END_OF_TURN_TOKEN|>", "pad_token": "<PAD>", "unk_token": "<UNK>"}
-        return _fast(core, special, bos_token="<BOS_TOKEN>", **tokens)
+        return _fast(
+            core,
+            special,
+            bos_token="<BOS_TOKEN>",
+            eos_token="<|END_OF_TURN_TOKEN|>",
+            pad_token="<PAD>",
+            unk_token="<UNK>",
+        )
     if family == "fuyu":
         return _fuyu_tokenizer(vocabulary)
     raise ValueError(f"no toy for family {family!r}; there are {', '.join(LANGUAGES)}")
@@ -123,17 +132,23 @@ def _word_level(vocabulary: list[str], unk: str = "<unk>") -> Tokenizer:
 def _fast(
     core: Tokenizer,
     special: list[str],
-    extra_special_tokens: dict[str, str] | None = None,
+    *,
+    eos_token: str,
+    pad_token: str,
+    bos_token: str | None = None,
     unk_token: str = "<unk>",
-    **tokens: str,
+    image_token: str | None = None,
 ) -> PreTrainedTokenizerFast:
     core.add_special_tokens(special)
-    extra = {"extra_special_tokens": extra_special_tokens} if extra_special_tokens else {}
+    optional: dict[str, Any] = {"bos_token": bos_token} if bos_token else {}
+    if image_token:
+        optional["extra_special_tokens"] = {"image_token": image_token}
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
+        eos_token=eos_token,
+        pad_token=pad_token,
         unk_token=unk_token,
         clean_up_tokenization_spaces=False,
         model_max_length=MAX_POSITIONS,
-        **tokens,
-        **extra,
+        **optional,
     )
