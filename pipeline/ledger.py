@@ -38,6 +38,7 @@ from actors.columns import ERROR, FINGERPRINT, IDENTITY, RESULT_SCHEMA, ROW, SHA
 from pipeline.columns import sealed_schema
 from pipeline.entries import Entry, Stats, decode, entries_of, to_parquet
 from pipeline.footer import NotParquetError, read_footer
+from pipeline.identity import identity_record, mismatch
 from pipeline.rows import RowSet
 from pipeline.shards import Shard, output_name
 from pipeline.spec import JobSpec
@@ -169,26 +170,28 @@ class Ledger:
         self._seen = {}
         return verification_of(shards, self.scan())
 
+    def check(self, spec: JobSpec) -> bool:
+        """Raises LedgerMismatch unless captions would be those the output already holds (law 8); changes nothing.
+
+        An output without a single caption is free for any spec. True if the output knows this very spec.
+        """
+        return self._compare(identity_record(spec))
+
     def bind(self, spec: JobSpec) -> None:
-        """Writes spec.json for a new output; for an old one, raises LedgerMismatch unless captions would be
-        the same (law 8). An output without a single caption is free for any spec. The file holds the whole
-        spec of the last run, for people."""
-        fields = spec.fingerprint_fields()
-        record = {
-            "fingerprint": spec.fingerprint(), "fields": fields, "spec": spec.model_dump(mode="json")
-        }  # fmt: skip
-        data = _to_json(record)
-        if self.storage.create_exclusive(SPEC, data):
-            return
-        before = json.loads(self.storage.read(SPEC))
-        differing = _differing(before["fields"], fields)
-        if differing and any(self.storage.list(folder) for folder in (JOURNAL, DATA)):
-            raise LedgerMismatch(
-                f"{self.storage.url} holds captions of a job that differs in {'; '.join(differing)}. "
-                "Set output.path to a new folder, or set the fields back."
-            )
-        if before != record:
-            self.storage.put_atomic(SPEC, data)
+        """As `check`, and writes spec.json: what captions depend on, and the whole spec of the last run."""
+        record = identity_record(spec)
+        if not self._compare(record):
+            self.storage.put_atomic(SPEC, _to_json(record))
+
+    def _compare(self, record: Mapping[str, Any]) -> bool:
+        try:
+            before = json.loads(self.storage.read(SPEC))
+        except FileNotFoundError:
+            return False
+        refused = mismatch(self.storage.url, before["fields"], record["fields"])
+        if refused and any(self.storage.list(folder) for folder in (JOURNAL, DATA)):
+            raise LedgerMismatch(refused)
+        return bool(before == record)
 
     def record_run(self, run: str, stats: Mapping[str, Any]) -> None:
         """Writes the JSON statistics of one run under its id."""
@@ -270,13 +273,6 @@ def _merged(shard: Shard, tables: Sequence[pa.Table], schema: pa.Schema) -> pa.T
             f"rows beyond its {shard.rows}: {held - RowSet.span(shard.rows) or 'none'}"
         )
     return table.select(schema.names).take(chosen)
-
-
-def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    return [
-        f"{name} ({json.dumps(before.get(name))} there, {json.dumps(now.get(name))} here)" for name in names
-    ]
 
 
 def _to_json(value: object) -> bytes:
