@@ -27,13 +27,13 @@ import pyarrow as pa
 
 from pipeline.columns import job_schema, needed_columns
 from pipeline.entries import Stats
+from pipeline.files import absolute
 from pipeline.ledger import Ledger
 from pipeline.outcome import JobError, Outcome, root_cause
 from pipeline.progress import Display, Progress
 from pipeline.shards import Shard, discover
 from pipeline.spec import JobSpec
 from pipeline.state import Plan
-from pipeline.storage import absolute
 
 if TYPE_CHECKING:
     import ray
@@ -96,24 +96,26 @@ def status(spec: JobSpec) -> str:
 
 
 def dataset(spec: JobSpec, plan: Plan, kept: pa.Schema) -> ray.data.Dataset:
-    """The lazy Ray Data pipeline over the plan's remaining rows, up to the captions."""
+    """The lazy Ray Data pipeline over the plan's remaining rows, up to the captions; Ray is initialised."""
     import ray.data
     from ray.data import ActorPoolStrategy
 
     from actors.generate import Generate
     from actors.preprocess import Preprocess
     from pipeline.cluster import IO_TASK_CPUS, generate_cpus
+    from pipeline.deaths import RayAttempts, watch
     from pipeline.source import ShardSource, ShardWork
 
     work = [ShardWork(state.shard, state.remaining) for state in plan.to_caption]
     source = ShardSource(work, spec.input.image, needed_columns(spec, work[0].shard.schema), kept)
     preprocess, generate = spec.resources.preprocess, spec.resources.generate
+    register = watch()
     return (
         ray.data.read_datasource(source, num_cpus=IO_TASK_CPUS, override_num_blocks=len(work))
         .repartition(target_num_rows_per_block=BLOCK_ROWS)
         .map_batches(
             Preprocess,
-            fn_constructor_args=(_preprocess_config(spec, kept),),
+            fn_constructor_args=(_preprocess_config(spec, kept), RayAttempts("preprocess", register)),
             batch_format="pyarrow",
             batch_size=None,  # a block as it comes
             zero_copy_batch=True,
@@ -122,7 +124,7 @@ def dataset(spec: JobSpec, plan: Plan, kept: pa.Schema) -> ray.data.Dataset:
         )
         .map_batches(
             Generate,
-            fn_constructor_args=(_generate_config(spec, kept),),
+            fn_constructor_args=(_generate_config(spec, kept), RayAttempts("generate", register)),
             batch_format="pyarrow",
             batch_size=BLOCK_ROWS,
             zero_copy_batch=True,

@@ -7,12 +7,21 @@ from typing import Literal
 from transformers import PreTrainedModel
 
 from actors.engine.reference import ReferenceEngine
-from actors.engine.types import Completion, Engine, Request, Sampling, row_seed
+from actors.engine.types import Completion, DeviceLost, Engine, Request, Sampling, row_seed
 from actors.families.base import Family
 
 EngineName = Literal["continuous", "reference"]
 
-__all__ = ["Completion", "Engine", "EngineName", "Request", "Sampling", "build_engine", "row_seed"]
+__all__ = [
+    "Completion",
+    "DeviceLost",
+    "Engine",
+    "EngineName",
+    "Request",
+    "Sampling",
+    "build_engine",
+    "row_seed",
+]
 
 
 def build_engine(name: EngineName, family: Family, model: PreTrainedModel) -> Engine:
