@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from actors.version import CAPTIONS
+from pipeline.files import absolute
 from pipeline.spec import JobSpec
-from pipeline.storage import absolute
 
 _READ_BY_MODELS = {".json", ".jinja", ".txt", ".model", ".py", ".safetensors", ".bin", ".pt", ".pth"}
 _WHOLE_BYTES = 8 << 20  # files up to this size are hashed whole
@@ -57,7 +57,9 @@ def mismatch(url: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str
     if "model.weights" in names:
         advice += " model.weights stands for the files of the checkpoint folder: they are not the same ones."
     if "tessera.captions" in names:
-        advice += " tessera.captions is the version of Tessera's prompts and tiling: captions would change with it."
+        advice += (
+            " tessera.captions is the version of Tessera's prompts and tiling: captions would change with it."
+        )
     return f"{url} holds captions of a job that differs in {differing}. {advice}"
 
 

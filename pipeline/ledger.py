@@ -37,13 +37,14 @@ import pyarrow.parquet as pq
 from actors.columns import ERROR, FINGERPRINT, IDENTITY, RESULT_SCHEMA, ROW, SHARD
 from pipeline.columns import sealed_schema
 from pipeline.entries import Entry, Stats, decode, entries_of, to_parquet
+from pipeline.files import FileInfo, in_parallel
 from pipeline.footer import NotParquetError, read_footer
 from pipeline.identity import identity_record, mismatch
 from pipeline.rows import RowSet
 from pipeline.shards import Shard, output_name
 from pipeline.spec import JobSpec
 from pipeline.state import Plan, Published, Scan, Verification, plan_of, verification_of
-from pipeline.storage import FileInfo, Storage, in_parallel
+from pipeline.storage import Storage
 
 DATA = "data"
 JOURNAL = "_tessera/journal"

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
+from pipeline.files import FileInfo, file_info, in_parallel, list_files, open_filesystem
 from pipeline.footer import NotParquetError, read_footer
 from pipeline.spec import InputSpec, SpecError
-from pipeline.storage import FileInfo, file_info, in_parallel, list_files, open_filesystem
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem

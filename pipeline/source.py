@@ -22,9 +22,10 @@ from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
 from actors.columns import ERROR, ERROR_TYPE, FINGERPRINT, IMAGES, ROW, SHARD, error_value
+from pipeline.files import open_file, open_filesystem
 from pipeline.rows import RowSet
 from pipeline.shards import Shard
-from pipeline.storage import Storage, open_filesystem
+from pipeline.storage import Storage
 
 READ_ROWS = (
     64  # rows decoded from parquet at once: a block's worth, and large against parquet's per-call cost
@@ -83,7 +84,7 @@ def read_shard(
     """The remaining rows of a shard, in order, in tables of at most `READ_ROWS` rows."""
     filesystem, path = open_filesystem(work.shard.url)
     beside = Storage(work.shard.root)  # the input's root, for images given by path
-    with filesystem.open(path, "rb") as file:
+    with open_file(filesystem, path, work.shard.size) as file:
         parquet = pq.ParquetFile(file, buffer_size=_BUFFER)
         wanted = list(dict.fromkeys([image, *columns]))
         start = 0

@@ -15,10 +15,11 @@ from fsspec.implementations.local import LocalFileSystem
 
 from actors.columns import RESULT_SCHEMA
 from pipeline.entries import Stats, decode, to_parquet
+from pipeline.files import in_parallel
 from pipeline.ledger import JOURNAL, Ledger, LedgerMismatch, SealError
 from pipeline.rows import RowSet
 from pipeline.spec import JobSpec, parse_spec
-from pipeline.storage import Storage, in_parallel
+from pipeline.storage import Storage
 from tests.pipeline.ledgers import KEPT, captions, journal, run_to_the_end, sealed_bytes, shard
 
 A, B, EMPTY = shard("a.parquet", 12), shard("sub/b.parquet", 5), shard("empty", 0)

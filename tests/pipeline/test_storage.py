@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.storage import Storage, StoragePathError, in_parallel
+from pipeline.files import in_parallel
+from pipeline.storage import Storage, StoragePathError
 
 
 @pytest.fixture(params=["local", "s3"])
