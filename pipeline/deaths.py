@@ -115,6 +115,8 @@ class Register:
         attempt = self._open.pop(ticket, None)
         if attempt:
             self._tallies.pop(attempt.process.actor, None)
+            if attempt.alone:  # it lived: a mute death before was not its doing
+                self._suspects.update({(attempt.process.stage, row): 0 for row in attempt.rows})
 
     def settled(self, stage: str, rows: Sequence[RowKey]) -> None:
         """See Attempts.settled."""
