@@ -241,7 +241,7 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> JobSpec:
     data = _parse_yaml(_read_text(str(path)), str(path))
     if isinstance(data, dict):
         for override in overrides:
-            _apply(data, override)
+            apply_override(data, override)
     return parse_spec(data, source=str(path))
 
 
@@ -264,7 +264,8 @@ def _parse_yaml(text: str, source: str) -> Any:
         raise SpecError(f"{source}: not valid YAML ({' '.join(str(error).split())})") from None
 
 
-def _apply(data: dict[str, Any], override: str) -> None:
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Sets one `dotted.name=value` in the nested fields of a spec; raises SpecError."""
     name, equals, text = override.partition("=")
     keys = name.strip().split(".")
     if not equals or not all(keys):
