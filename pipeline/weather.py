@@ -25,7 +25,7 @@ _CODES = {
     "XAmzContentSHA256Mismatch",
 }  # fmt: skip
 _ERRORS = {  # by name, so that judging an error imports no client library
-    "builtins.ConnectionError", "builtins.TimeoutError", "aiohttp.ClientError", "botocore.HTTPClientError",
+    "builtins.ConnectionError", "botocore.ConnectionError", "builtins.TimeoutError", "aiohttp.ClientError", "botocore.HTTPClientError",
     "botocore.IncompleteReadError", "botocore.ResponseParserError", "fsspec.FSTimeoutError", "http.IncompleteRead",
 }  # fmt: skip
 _CREDENTIALS = {
@@ -109,6 +109,8 @@ def _told(error: Exception, what: str, seconds: float) -> Exception:
         return PermissionError(f"{what}: permission denied ({error})")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return StorageError(f"{what}: {error.strerror or error}")
+    if "botocore.BotoCoreError" in _names(error):  # no OSError by itself
+        return StorageError(f"{what}: {error}")
     return error
 
 

@@ -175,7 +175,9 @@ def _beat_for(url: str, run: str, seconds: float) -> None:
         time.sleep(seconds)
 
 
-def test_a_paused_process_loses_its_lease_and_notices(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_paused_process_loses_its_lease_and_notices(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import signal
 
     monkeypatch.setattr(leases, "_machine", lambda: "")  # as from another machine
