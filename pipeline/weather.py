@@ -25,8 +25,9 @@ _CODES = {
     "XAmzContentSHA256Mismatch",
 }  # fmt: skip
 _ERRORS = {  # by name, so that judging an error imports no client library
-    "builtins.ConnectionError", "botocore.ConnectionError", "builtins.TimeoutError", "aiohttp.ClientError", "botocore.HTTPClientError",
-    "botocore.IncompleteReadError", "botocore.ResponseParserError", "fsspec.FSTimeoutError", "http.IncompleteRead",
+    "builtins.ConnectionError", "builtins.TimeoutError", "botocore.ConnectionError", "botocore.HTTPClientError",
+    "botocore.IncompleteReadError", "botocore.ResponseParserError", "aiohttp.ClientError", "fsspec.FSTimeoutError",
+    "http.IncompleteRead",
 }  # fmt: skip
 _CREDENTIALS = {
     "botocore.NoCredentialsError", "botocore.PartialCredentialsError", "botocore.CredentialRetrievalError",
