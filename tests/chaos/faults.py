@@ -17,6 +17,7 @@ import importlib.machinery
 import os
 import signal
 import sys
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -44,8 +45,8 @@ def poison_size(manner: Manner) -> tuple[int, int]:
 
 def arm(folder: Path, points: Iterable[Point]) -> None:
     """One death at each of these points, in any process."""
-    for number, point in enumerate(points):
-        (folder / f"{point}-{number}").touch()
+    for point in points:
+        (folder / f"{point}-{uuid.uuid4().hex}").touch()
 
 
 def armed(folder: Path) -> list[str]:

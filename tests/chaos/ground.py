@@ -58,6 +58,10 @@ class Ground:
         """Everything the drivers printed."""
         return (self.folder / "driver.log").read_text()
 
+    def finished(self) -> int | None:
+        """The driver's exit code, negative for a signal; None while it runs."""
+        return self.driver.poll() if self.driver else None
+
     def kill(self, victim: Victim, dice: random.Random) -> bool:
         """SIGKILLs one process of that kind, if there is one; a killed node is replaced by a new one."""
         if victim == "driver":
@@ -94,7 +98,7 @@ class Ground:
         deadline = time.monotonic() + seconds
         while faults.captioned(self.folder) < captions:
             assert time.monotonic() < deadline, f"no progress; the driver said:\n{self.said()[-3000:]}"
-            if self.driver is None or self.driver.poll() is not None:
+            if self.finished() is not None:
                 return False
             time.sleep(0.02)
         return True
