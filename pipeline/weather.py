@@ -88,7 +88,9 @@ def patiently(action: Callable[[], Result], what: str, budget: float | None = No
 
 def is_transient(error: BaseException) -> bool:
     """True where trying again may help: throttling, timeouts, resets, truncated bodies, server errors."""
-    response = getattr(error.__cause__, "response", None) or getattr(error, "response", None)
+    # s3fs translates botocore's ClientError, in some of its methods without naming the cause.
+    origin = error.__cause__ or error.__context__
+    response = getattr(origin, "response", None) or getattr(error, "response", None)
     if isinstance(response, dict):  # botocore's ClientError, plain or as s3fs translates it
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         return status in _STATUSES or response.get("Error", {}).get("Code") in _CODES

@@ -124,35 +124,35 @@ def _poison_engine(module: ModuleType, folder: Path) -> None:
 
 
 def _deadly_storage(module: ModuleType, folder: Path) -> None:
-    put, replace = module.Storage.put_atomic, os.replace
-
     def here(moment: str, path: str) -> None:
-        kind = (
-            "part"
-            if "/journal/" in path
-            else "seal"
-            if path.startswith("data/") or "/data/" in path
-            else None
-        )
-        for name in sorted(folder.glob(f"{kind}-{moment}-*")) if kind else ():
+        kind = "part" if "/journal/" in path else "seal" if f"/{path}".endswith(".parquet") else None
+        for trap in sorted(folder.glob(f"{kind}-{moment}-*")) if kind else ():
             try:
-                name.unlink()
+                trap.unlink()
             except FileNotFoundError:  # another process was faster
                 continue
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def deadly_put(self: Any, path: str, *rest: Any, **named: Any) -> Any:
-        here("before", path)
-        result = put(self, path, *rest, **named)
-        here("after", path)
-        return result
+    def deadly_write(write: Callable[..., Any]) -> Callable[..., Any]:
+        def deadly(self: Any, path: str, *rest: Any) -> Any:
+            here("before", path)
+            result = write(self, path, *rest)
+            here("after", path)
+            return result
 
-    def deadly_replace(source: Any, target: Any, **named: Any) -> None:
-        here("inside", str(target))
-        replace(source, target, **named)
+        return deadly
 
-    module.Storage.put_atomic = deadly_put
-    module.os.replace = deadly_replace
+    def deadly_rename(rename: Callable[..., None]) -> Callable[..., None]:
+        def deadly(source: Any, target: Any, **named: Any) -> None:
+            here("inside", str(target))
+            rename(source, target, **named)
+
+        return deadly
+
+    for name in ("put_atomic", "create_exclusive", "put_if"):
+        setattr(module.Storage, name, deadly_write(getattr(module.Storage, name)))
+    for name in ("replace", "link"):
+        setattr(os, name, deadly_rename(getattr(os, name)))
 
 
 class _Patcher(importlib.abc.MetaPathFinder):

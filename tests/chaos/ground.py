@@ -93,6 +93,12 @@ class Ground:
                     pids.append(pid)
         return sorted(pids)
 
+    def wait_for_worker(self, victim: Victim, seconds: float = 60) -> None:
+        """Waits until there is such a process, or no driver that could start one."""
+        deadline = time.monotonic() + seconds
+        while not self.workers(victim) and self.finished() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+
     def wait_for(self, captions: int, seconds: float = 240) -> bool:
         """Waits until that many captions were made; False if the driver ended before."""
         deadline = time.monotonic() + seconds

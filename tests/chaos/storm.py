@@ -10,7 +10,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tests.chaos import faults
 from tests.chaos.ground import VICTIMS, Ground, Victim
@@ -52,16 +52,21 @@ class Survived:
     seconds: float = 0.0
 
 
-def forecast(seed: int, kills: int, captions: int, victims: Sequence[Victim] = VICTIMS) -> list[Kill | Trap]:
-    """Seeded kills, evenly spread over the work with a jitter; victims and traps take turns in a seeded order."""
+def forecast(
+    seed: int, kills: int, captions: int, points: Sequence[faults.Point] = POINTS
+) -> list[Kill | Trap]:
+    """Seeded kills, evenly spread over the work with a jitter; victims and points take turns in a seeded order."""
     dice = random.Random(seed)
-    turns: list[Kill | Trap] = []
     step = captions / (kills + 1)
-    while len(turns) < kills:
-        kinds = [lambda at, v=v: Kill(at, v) for v in victims] + [lambda at, p=p: Trap(at, p) for p in POINTS]
-        for make in dice.sample(kinds, len(kinds)):
-            turns.append(make(round((len(turns) + 0.5 + dice.random()) * step)))
-    return turns[:kills]
+    storm: list[Kill | Trap] = []
+    while len(storm) < kills:
+        round_of_each: list[Kill | Trap] = [
+            *(Kill(0, who) for who in VICTIMS),
+            *(Trap(0, where) for where in points),
+        ]
+        for blow in dice.sample(round_of_each, len(round_of_each)):
+            storm.append(replace(blow, captions=round((len(storm) + 0.5 + dice.random()) * step)))
+    return storm[:kills]
 
 
 def weather(ground: Ground, arguments: Sequence[str], kills: Sequence[Kill | Trap], seed: int) -> Survived:
@@ -85,10 +90,15 @@ def weather(ground: Ground, arguments: Sequence[str], kills: Sequence[Kill | Tra
         if isinstance(kill, Trap):
             faults.arm(ground.folder, [kill.point])
             result.kills[kill.point] += 1
-        elif ground.kill(kill.victim, dice):
-            result.kills[kill.victim] += 1
-            if kill.victim == "driver":
-                start()
+            continue
+        victim: Victim = kill.victim
+        if not ground.kill(victim, dice):  # no task is at work just now, and there always is a generate actor
+            victim = "generate"
+            ground.wait_for_worker(victim)
+            ground.kill(victim, dice)
+        result.kills[victim] += 1
+        if victim == "driver":
+            start()
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while (code := ground.finished()) != 0:
         assert code in (None, -9), f"exit code {code}; the driver said:\n{ground.said()[-3000:]}"
