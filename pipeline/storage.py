@@ -88,9 +88,8 @@ class Storage:
         self._patiently("writing", path, lambda: self._put(path, data))
 
     def create_exclusive(self, path: str, data: bytes) -> bool:
-        """As `put_atomic`, but only if the file does not exist; of several callers exactly one gets True.
-
-        S3 decides by `If-None-Match: *`, a local disk by link(2).
+        """As `put_atomic`, but only if the file does not exist; of several callers, each with bytes of its own,
+        exactly one gets True. S3 decides by `If-None-Match: *`, a local disk by link(2).
         """
         return self._conditionally(path, data, lambda: self._create(path, data))
 
@@ -159,16 +158,13 @@ class Storage:
             self._patiently("deleting", path, lambda: self.filesystem.rm_file(self.full(path)))
 
     def _conditionally(self, path: str, data: bytes, write: Callable[[], bool]) -> bool:
-        """A conditional write whose answer may have been lost on the way: a retry then meets its own file."""
-        attempts = 0
-
-        def attempt() -> bool:
-            nonlocal attempts
-            attempts += 1
-            return write()
-
-        written = self._patiently("writing", path, attempt)
-        return written or (attempts > 1 and self.read(path) == data)
+        """A conditional write whose answer may be lost on the way: the write again (by us, or unseen by the HTTP
+        client) then meets its own file. So a file that holds our very bytes is ours."""
+        if self._patiently("writing", path, write):
+            return True
+        with suppress(FileNotFoundError):
+            return not self.local and self.read(path) == data
+        return False
 
     def _put(self, path: str, data: bytes) -> None:
         if not self.local:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ def test_every_other_file_models_read_counts_whole(checkpoint: Path) -> None:
 
 
 def test_a_hub_checkpoint_is_its_id_and_a_folder_its_files(checkpoint: Path) -> None:
-    def fields(path: str) -> dict[str, object]:
+    def fields(path: str) -> dict[str, Any]:
         spec = parse_spec({"input": {"path": "in"}, "model": {"path": path}, "output": {"path": "out"}})
         assert Path(identity_record(spec)["spec"]["input"]["path"][0]).is_absolute()
         return caption_fields(spec)

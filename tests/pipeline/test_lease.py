@@ -151,7 +151,7 @@ def test_a_write_in_the_moment_between_check_and_put_is_harmless(storage: Storag
     ledger.sweep([A])
     before = sealed_bytes(ledger)
     late = Ledger(storage)
-    late.seal_of = lambda shard: None  # type: ignore[method-assign, assignment] # it looked before the other sealed
+    late.seal_of = lambda shard: None  # type: ignore[method-assign] # it looked before the other sealed
     assert late.publish(captions(A.name, range(3), text="late")) == parts[0]
     late.__dict__.pop("seal_of")
     late.seal(A, KEPT, parts)
