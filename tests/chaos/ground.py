@@ -39,11 +39,13 @@ class Ground:
     def add_node(self) -> None:
         self.nodes.append(self.cluster.add_node(num_cpus=NODE_CPUS, num_gpus=1))
 
-    def start(self, arguments: Sequence[str], **extra: str) -> subprocess.Popen[bytes]:
-        """`tessera ARGUMENTS` on this cluster; what it prints goes to driver.log in the folder."""
+    def start(
+        self, arguments: Sequence[str], module: str = "jobs.cli", **extra: str
+    ) -> subprocess.Popen[bytes]:
+        """`tessera ARGUMENTS` (or another module) on this cluster; it prints to driver.log in the folder."""
         with (self.folder / "driver.log").open("ab") as log:
             self.driver = subprocess.Popen(
-                [sys.executable, "-m", "jobs.cli", *arguments],
+                [sys.executable, "-m", module, *arguments],
                 cwd=ROOT,
                 env=environment(
                     RAY_ADDRESS=self.cluster.address, PYTHONPATH=os.environ["PYTHONPATH"], **extra
