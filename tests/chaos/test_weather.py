@@ -88,8 +88,7 @@ def test_a_lease_from_tomorrow_is_judged_by_its_beat_not_by_its_clock(
     tmp_path, ray_address, s3_endpoint, s3_url
 ):
     """A holder on a machine whose clock is a day ahead has died: its lease expires all the same."""
-    scene = scene_on_s3(tmp_path, s3_endpoint, s3_url, rows=8)
-    storage = Storage(scene.output)
+    storage = Storage(f"{s3_url}/out")
     gone = replace(lease.Holder.here("r1"), host="other", machine="other", since="2999-01-01 00:00:00 UTC")
     assert storage.create_exclusive(lease.LEASE, gone.encode())
     with pytest.MonkeyPatch.context() as patch:
