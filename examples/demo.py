@@ -51,11 +51,7 @@ def _job(family: str, out: Path, rows: int) -> tuple[Outcome, Section]:
     write_dataset(data, rows=rows, shards=4, seed=11, corrupt=0.05, languages=LANGUAGES[family])
     spec: JobSpec = load_spec(
         EXAMPLES / f"{family}.yaml",
-        [
-            f"input.path={data}",
-            f"output.path={out / family}",
-            f"model.path={EXAMPLES / 'toy/checkpoints' / family}",
-        ],
+        [f"input.path={data}", f"output.path={out / family}"],
     )
     with display(spec.name, sys.stderr) as show:
         outcome = run(spec, show)
