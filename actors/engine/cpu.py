@@ -66,31 +66,35 @@ class CpuStep:
         self.places = torch.tensor([end - 1 for _, end in self.spans])
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
 
+    def store(self, layer: int, key: Tensor, value: Tensor) -> None:
+        rows = len(self.spans)
+        for cache, new in ((self.cache.keys[layer], key[0]), (self.cache.values[layer], value[0])):
+            if rows:
+                cache.index_copy_(1, self.places, new[:, :rows])
+            first = rows
+            for chunk in self.prefills:
+                start = chunk.sequence.reservation.start
+                cache[:, start + chunk.start : start + chunk.end] = new[:, first : first + chunk.length]
+                first += chunk.length
+
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
     ) -> Tensor:
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        rows = len(self.spans)
-        outputs = []
-        if rows:
-            keys.index_copy_(1, self.places, key[0, :, :rows])
-            values.index_copy_(1, self.places, value[0, :, :rows])
-            outputs.append(self._decode(query[0, :, :rows], keys, values, scaling, window))
-        first = rows
+        self.store(layer, key, value)
+        keys, values = self.cache.keys[layer, None], self.cache.values[layer, None]
+        first = len(self.spans)
+        outputs = [self._decode(query[0, :, :first], keys, values, scaling, window)] if first else []
         for chunk in self.prefills:
-            at = slice(first, first + chunk.length)
-            outputs.append(
-                self._prefill(chunk, query[:, :, at], key[:, :, at], value[:, :, at], layer, scaling, window)
-            )
-            first = at.stop
+            part = query[:, :, first : first + chunk.length]
+            outputs.append(self._prefill(chunk, part, keys, values, scaling, window))
+            first += chunk.length
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
     def _decode(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int | None) -> Tensor:
         """query [H, R, d], one token of each of R sequences -> [1, R, H, d]."""
         heads, rows, width = query.shape
-        shared = keys.shape[0]
+        shared = keys.shape[1]
         grouped = query.transpose(0, 1).reshape(rows, shared, heads // shared, width)
-        keys, values = keys[None], values[None]
         outputs = []
         for row, (start, end) in enumerate(self.spans):
             if window is not None and end - start > window:
@@ -103,20 +107,19 @@ class CpuStep:
         return torch.cat(outputs).view(1, rows, heads, width)
 
     def _prefill(
-        self, chunk: Chunk, query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: float, window: int | None
+        self, chunk: Chunk, query: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int | None
     ) -> Tensor:
         """query [1, H, n, d] of one sequence's next n tokens -> [1, n, H, d]."""
         start = chunk.sequence.reservation.start
-        for cache, new in ((self.cache.keys, key), (self.cache.values, value)):
-            cache[layer, :, start + chunk.start : start + chunk.end] = new[0]
+        shares = query.shape[1] != keys.shape[1]
         if window is not None and chunk.end <= window:
             window = None
         if window is None and chunk.start == 0:
+            at = slice(start, start + chunk.end)
             attended = F.scaled_dot_product_attention(
-                query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+                query, keys[:, :, at], values[:, :, at], is_causal=True, scale=scaling, enable_gqa=shares
             )
             return attended.transpose(1, 2)
-        keys, values = self.cache.keys[layer, None], self.cache.values[layer, None]
         block = chunk.length if window is None else _WINDOW_BLOCK
         outputs = []
         for begin in range(chunk.start, chunk.end, block):
@@ -128,7 +131,7 @@ class CpuStep:
                 values[:, :, start + low : start + end],
                 attn_mask=self._mask(end - begin, begin - low, window, query.dtype),
                 scale=scaling,
-                enable_gqa=query.shape[1] != key.shape[1],
+                enable_gqa=shares,
             )
             outputs.append(attended.transpose(1, 2))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)

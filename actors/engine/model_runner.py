@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from actors.engine.attention import Cache, packed_forward
+from actors.engine.attention import Cache, Pass, packed_forward
 from actors.engine.sampling import Sampled, sample
 from actors.engine.scheduler import Chunk, Sequence
 from actors.families.base import Family, ImageLayout
@@ -61,13 +61,21 @@ class ModelRunner:
         embeds = self._embed(self._upload(ids))
         bounds = list(accumulate((chunk.length for chunk in chunks), initial=0))
         self._place_features(embeds, chunks, bounds)
-        step = self.cache.step(chunks)
-        hidden = packed_forward(self.model, embeds[None], self._upload(torch.from_numpy(positions))[None], step)
-        ends = [end - 1 for chunk, end in zip(chunks, bounds[1:], strict=True) if chunk.samples]
-        if not ends:
+        sampling = [chunk for chunk in chunks if chunk.samples]
+        hidden = packed_forward(
+            self.model, embeds[None], self._upload(torch.from_numpy(positions))[None], self._pass(chunks, bounds)
+        )
+        if not sampling:
             return Sampled([], None)
-        last = hidden if ends == list(range(len(hidden))) else hidden[self._upload(torch.tensor(ends))]
-        return sample(self.model.lm_head(last), [chunk.sequence for chunk in chunks if chunk.samples])
+        return sample(self.model.lm_head(hidden), [chunk.sequence for chunk in sampling])
+
+    def _pass(self, chunks: Seq[Chunk], bounds: Seq[int]) -> Pass:
+        step = self.cache.step(chunks)
+        rows = [end - 1 for chunk, end in zip(chunks, bounds[1:], strict=True) if chunk.samples]
+        if len(rows) == bounds[-1]:
+            return Pass(step)
+        last = [Chunk(chunk.sequence, chunk.end - 1, 1) for chunk in chunks if chunk.samples]
+        return Pass(step, self._upload(torch.tensor(rows, dtype=torch.long)), self.cache.step(last) if last else None)
 
     def _encode(self, images: Seq[_Image]) -> list[Tensor]:
         pixels = np.concatenate([image.pixels for image in images])
