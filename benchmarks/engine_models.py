@@ -86,7 +86,7 @@ def build(
 ) -> tuple[Family, PreTrainedModel]:
     """A checkpoint folder without weights, its family, and a model of fresh weights, the same each time."""
     tokenizer = build_tokenizer(family)
-    config = model_config(family, size, {token: id for token, id in tokenizer.get_vocab().items()})
+    config = model_config(family, size, tokenizer.get_vocab())
     config.dtype = dtype
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
@@ -126,9 +126,20 @@ def model_config(family: str, size: str, ids: dict[str, int]) -> PreTrainedConfi
         del text["num_key_value_heads"], text["head_dim"]
         text |= {"model_type": "persimmon", "qk_layernorm": True}
         return FuyuConfig(text_config=text, patch_size=30, image_size=300, image_token_id=ids["|SPEAKER|"])
-    vision = dict(zip(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), VISION[size]))
+    widths = VISION[size]
+    vision: dict[str, Any] = {
+        "hidden_size": widths[0],
+        "intermediate_size": widths[1],
+        "num_hidden_layers": widths[2],
+        "num_attention_heads": widths[3],
+    }
     side = tile_side(family, size)
-    vision |= {"image_size": side, "patch_size": PATCH, "model_type": "siglip_vision_model", "vision_use_head": False}
+    vision |= {
+        "image_size": side,
+        "patch_size": PATCH,
+        "model_type": "siglip_vision_model",
+        "vision_use_head": False,
+    }
     if family == "llava_onevision":
         return LlavaOnevisionConfig(
             text_config={**text, "model_type": "qwen2"},
@@ -157,7 +168,12 @@ def model_config(family: str, size: str, ids: dict[str, int]) -> PreTrainedConfi
 
 def processor_config(family: str, size: str) -> dict[str, Any]:
     """`processor_config.json`, as transformers 5 saves it."""
-    image: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_rescale": True, "resample": 3}
+    image: dict[str, Any] = {
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+        "do_rescale": True,
+        "resample": 3,
+    }
     if family == "fuyu":
         names = {"processor_class": "FuyuProcessor"}
         processor = {"image_processor_type": "FuyuImageProcessor", "size": {"height": 1080, "width": 1920}}
@@ -170,7 +186,10 @@ def processor_config(family: str, size: str) -> dict[str, Any]:
         return {
             "processor_class": "LlavaOnevisionProcessor",
             "image_processor": image,
-            "video_processor": {"video_processor_type": "LlavaOnevisionVideoProcessor", "size": image["size"]},
+            "video_processor": {
+                "video_processor_type": "LlavaOnevisionVideoProcessor",
+                "size": image["size"],
+            },
             "num_image_tokens": (side // PATCH) ** 2,
             "vision_feature_select_strategy": "full",
             "vision_aspect_ratio": "anyres_max_9",
@@ -178,6 +197,12 @@ def processor_config(family: str, size: str) -> dict[str, Any]:
     if family == "aya_vision":
         image |= {"image_processor_type": "GotOcr2ImageProcessor", "min_patches": 1, "max_patches": 12}
         names = {"processor_class": "AyaVisionProcessor"}
-        return {**names, "image_processor": image, "patch_size": PATCH, "img_size": side, "downsample_factor": 2}
+        return {
+            **names,
+            "image_processor": image,
+            "patch_size": PATCH,
+            "img_size": side,
+            "downsample_factor": 2,
+        }
     image |= {"image_processor_type": "AriaImageProcessor", "max_image_size": side, "split_image": False}
     return {"processor_class": "AriaProcessor", "image_processor": image}

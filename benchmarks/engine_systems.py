@@ -52,7 +52,9 @@ def run_engine(engine: Engine) -> Callable[[Sequence[Request]], int]:
         completions = list(engine.generate(rows))
         failed = [completion.error for completion in completions if completion.error]
         if failed or len(completions) != len(rows):
-            raise RuntimeError(f"{len(failed)} rows failed, {len(completions)} of {len(rows)} came: {failed[:1]}")
+            raise RuntimeError(
+                f"{len(failed)} rows failed, {len(completions)} of {len(rows)} came: {failed[:1]}"
+            )
         return sum(len(completion.token_ids) for completion in completions)
 
     return run
@@ -65,7 +67,8 @@ def run_generate(family: Family, model: PreTrainedModel, batch: int) -> Callable
     def run(rows: Sequence[Request]) -> int:
         ordered = sorted(rows, key=lambda row: len(row.token_ids)) if batch > 1 else list(rows)
         return sum(
-            _generate(family, model, ordered[start : start + batch]) for start in range(0, len(ordered), batch)
+            _generate(family, model, ordered[start : start + batch])
+            for start in range(0, len(ordered), batch)
         )
 
     return run
@@ -75,11 +78,15 @@ def _generate(family: Family, model: PreTrainedModel, rows: Sequence[Request]) -
     device = model.device
     longest = max(len(row.token_ids) for row in rows)
     pad = [longest - len(row.token_ids) for row in rows]
-    ids = torch.stack([F.pad(torch.tensor(row.token_ids).long(), (n, 0)) for row, n in zip(rows, pad, strict=True)])
+    ids = torch.stack(
+        [F.pad(torch.tensor(row.token_ids).long(), (n, 0)) for row, n in zip(rows, pad, strict=True)]
+    )
     mask = torch.stack([F.pad(torch.ones(longest - n, dtype=torch.long), (n, 0)) for n in pad])
     parts = [family.model_inputs(torch.tensor(row.pixels, device=device), row.layouts) for row in rows]
     inputs = {name: _stack([part[name] for part in parts]) for name in parts[0]}
-    inputs = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+    inputs = {
+        name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()
+    }
     lengths = [row.sampling.max_new_tokens for row in rows]
     config = GenerationConfig(max_new_tokens=max(lengths), do_sample=False, eos_token_id=None, pad_token_id=0)
     output = model.generate(

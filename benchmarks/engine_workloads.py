@@ -28,7 +28,11 @@ def images_of(family: str, size: str, workload: str) -> Sizes:
     if family == "llava_onevision":  # decode: a whole view and one tile
         return ((side, side),) if decode else ((3 * side, (3 if small else 2) * side),)
     if family == "aya_vision":
-        return ((2 * side, (2 if small else 1) * side),) if decode else ((3 * side, 4 * side),) * (3 if small else 1)
+        return (
+            ((2 * side, (2 if small else 1) * side),)
+            if decode
+            else ((3 * side, 4 * side),) * (3 if small else 1)
+        )
     return ((side, side),) if decode else ((side, side),) * 8
 
 
@@ -42,7 +46,10 @@ def rows(family: Family, size: str, workload: str, count: int) -> list[Request]:
     requests = []
     for key in range(count):
         text = " ".join(random.choice(words, size=int(random.integers(8, 40))))
-        length = random.lognormal(np.log(60) - 0.5 * 0.6**2, 0.6) if workload == "decode-heavy" else random.normal(30, 5)
+        if workload == "decode-heavy":
+            length = random.lognormal(np.log(60) - 0.5 * 0.6**2, 0.6)
+        else:
+            length = random.normal(30, 5)
         requests.append(
             Request(
                 key=key,

@@ -124,6 +124,8 @@ class LastLayer(nn.Module):
     attention runs over all tokens to store them, and the layer itself on what is left: of a long prompt, one row.
     """
 
+    layer: Any
+
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
@@ -139,7 +141,11 @@ class LastLayer(nn.Module):
     ) -> Tensor:
         if step.rows is None:
             return self.layer(
-                hidden_states, step=step, position_embeddings=position_embeddings, position_ids=position_ids, **kwargs
+                hidden_states,
+                step=step,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                **kwargs,
             )
         self.layer.self_attn(
             hidden_states=self.layer.input_layernorm(hidden_states),
@@ -180,7 +186,9 @@ def _no_mask(*_: object, **__: object) -> None:
     return None
 
 
-def window_mask(queries: int, past: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+def window_mask(
+    queries: int, past: int, window: int | None, dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """[queries, past + queries] to add to scores: 0 where a query sees a key, -inf elsewhere. Query i stands at
     position past + i; it sees what is not after it and, with a window, fewer than `window` before it."""
     distance = (

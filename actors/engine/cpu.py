@@ -90,7 +90,9 @@ class CpuStep:
             first += chunk.length
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
-    def _decode(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int | None) -> Tensor:
+    def _decode(
+        self, query: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int | None
+    ) -> Tensor:
         """query [H, R, d], one token of each of R sequences -> [1, R, H, d]."""
         heads, rows, width = query.shape
         shared = keys.shape[1]

@@ -54,7 +54,9 @@ class ContinuousEngine:
         device = prepare_device(model.eval(), family, limits, kv_tokens)
         self.cache = device.cache
         self.runner = ModelRunner(family, model, device.cache, device.tiles)
-        self.scheduler = Scheduler(device.limits, lambda s: device.cache.reserve(s.reserve), device.cache.release)
+        self.scheduler = Scheduler(
+            device.limits, lambda s: device.cache.reserve(s.reserve), device.cache.release
+        )
         self._stopper = Stopper(family)
         self._incoming: list[Sequence] = []
         self._wake = Condition()
@@ -160,7 +162,9 @@ class ContinuousEngine:
     def _enter(self, sequence: Sequence) -> None:
         expected = sum(layout.tokens for layout in sequence.request.layouts)
         if len(sequence.placeholders) != expected:
-            message = f"the prompt has {len(sequence.placeholders)} image placeholders for {expected} features"
+            message = (
+                f"the prompt has {len(sequence.placeholders)} image placeholders for {expected} features"
+            )
             self._fail(sequence, RowError("prompt", message))
         elif not sequence.prompt_length:
             self._fail(sequence, RowError("prompt", "the prompt is empty"))
@@ -262,7 +266,10 @@ class ContinuousEngine:
     def _shrink_step(self, chunks: list[Chunk]) -> bool:
         """After a step ran out of memory: fewer prompt tokens a step, then fewer sequences."""
         limits = self.scheduler.limits
-        if any(chunk.length > _SMALLEST_CHUNK for chunk in chunks) and limits.prefill_tokens > _SMALLEST_CHUNK:
+        if (
+            any(chunk.length > _SMALLEST_CHUNK for chunk in chunks)
+            and limits.prefill_tokens > _SMALLEST_CHUNK
+        ):
             limits = replace(limits, prefill_tokens=limits.prefill_tokens // 2)
         elif len(chunks) > 1:
             limits = replace(limits, sequences=max(1, min(limits.sequences, len(chunks)) // 2))

@@ -30,9 +30,7 @@ class KVShape:
         return cls(
             layers=int(text_config.num_hidden_layers),
             heads=int(getattr(text_config, "num_key_value_heads", None) or query_heads),
-            head_dim=int(
-                getattr(text_config, "head_dim", None) or text_config.hidden_size // query_heads
-            ),
+            head_dim=int(getattr(text_config, "head_dim", None) or text_config.hidden_size // query_heads),
             dtype=dtype,
         )
 

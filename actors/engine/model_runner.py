@@ -63,7 +63,10 @@ class ModelRunner:
         self._place_features(embeds, chunks, bounds)
         sampling = [chunk for chunk in chunks if chunk.samples]
         hidden = packed_forward(
-            self.model, embeds[None], self._upload(torch.from_numpy(positions))[None], self._pass(chunks, bounds)
+            self.model,
+            embeds[None],
+            self._upload(torch.from_numpy(positions))[None],
+            self._pass(chunks, bounds),
         )
         if not sampling:
             return Sampled([], None)
@@ -75,7 +78,9 @@ class ModelRunner:
         if len(rows) == bounds[-1]:
             return Pass(step)
         last = [Chunk(chunk.sequence, chunk.end - 1, 1) for chunk in chunks if chunk.samples]
-        return Pass(step, self._upload(torch.tensor(rows, dtype=torch.long)), self.cache.step(last) if last else None)
+        return Pass(
+            step, self._upload(torch.tensor(rows, dtype=torch.long)), self.cache.step(last) if last else None
+        )
 
     def _encode(self, images: Seq[_Image]) -> list[Tensor]:
         pixels = np.concatenate([image.pixels for image in images])

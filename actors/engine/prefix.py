@@ -21,7 +21,7 @@ def prefix_key(sequence: Sequence) -> tuple[int, int, int] | None:
         return None
     request = sequence.request
     ids = np.ascontiguousarray(request.token_ids[: sequence.prefix])
-    return sequence.prefix, crc32(ids), crc32(np.ascontiguousarray(request.pixels))
+    return sequence.prefix, crc32(ids.data), crc32(np.ascontiguousarray(request.pixels).data)
 
 
 def same_prefix(one: Sequence, other: Sequence) -> bool:

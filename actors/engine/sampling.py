@@ -35,11 +35,14 @@ def sample(logits: Tensor, sequences: Seq[Sequence]) -> Sampled:
     logits = logits.float()
     scores = _penalize(logits, sequences, rows)
     chosen = scores.argmax(dim=-1)
-    drawing = [index for index, row in enumerate(rows) if row.temperature > 0]
-    if drawing:
-        index = torch.tensor(drawing, device=logits.device)
-        uniform = [uniform_at(rows[i].seed, len(sequences[i].generated)) for i in drawing]
-        chosen[index] = draw(scores[index], [rows[i] for i in drawing], uniform)
+    # Rows that truncate draw in another order than rows that do not: each kind by itself, or a row's number would pick
+    # another token beside other neighbours.
+    for truncates in (False, True):
+        drawing = [i for i, row in enumerate(rows) if row.temperature > 0 and _truncates(row) == truncates]
+        if drawing:
+            index = torch.tensor(drawing, device=logits.device)
+            uniform = [uniform_at(rows[i].seed, len(sequences[i].generated)) for i in drawing]
+            chosen[index] = draw(scores[index], [rows[i] for i in drawing], uniform)
     if not any(row.logprobs for row in rows):
         return Sampled(chosen.tolist(), None)
     logprobs = logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(dim=-1)
@@ -57,17 +60,19 @@ def uniform_at(seed: int, index: int) -> float:
 
 
 def draw(scores: Tensor, rows: Seq[Sampling], uniform: Seq[float]) -> Tensor:
-    """scores [R, V] float32 and one number in [0, 1) a row -> token ids int64 [R]."""
+    """scores [R, V] float32 and one number in [0, 1) a row -> token ids int64 [R]. Either all rows truncate (top-k,
+    top-p) or none does."""
     device, vocabulary = scores.device, scores.shape[1]
     temperature = torch.tensor([row.temperature for row in rows], device=device)
     scores = scores / temperature[:, None]
     number = torch.tensor(uniform, dtype=torch.float64, device=device)[:, None]
-    if all(row.top_k <= 0 and row.top_p >= 1 for row in rows):
+    if not _truncates(rows[0]):
         return _invert(scores.softmax(dim=-1), number)
-    top_k = torch.tensor([row.top_k if 0 < row.top_k < vocabulary else vocabulary for row in rows], device=device)
+    top_k = torch.tensor(
+        [row.top_k if 0 < row.top_k < vocabulary else vocabulary for row in rows], device=device
+    )
     top_p = torch.tensor([row.top_p for row in rows], device=device)
-    wide = any(row.top_k <= 0 and row.top_p >= 1 for row in rows) or any(row.top_k > _NUCLEUS for row in rows)
-    width = vocabulary if wide else min(vocabulary, _NUCLEUS)
+    width = min(vocabulary, max(_NUCLEUS, *(row.top_k for row in rows), 0))
     while True:
         best, ids = scores.topk(width, dim=-1)
         rank = torch.arange(width, device=device)
@@ -81,8 +86,13 @@ def draw(scores: Tensor, rows: Seq[Sampling], uniform: Seq[float]) -> Tensor:
             break
         width = vocabulary
     # Kept are the fewest best tokens whose mass reaches top_p; the best one always is.
-    nucleus = probabilities.masked_fill((before >= top_p[:, None]) & (rank > 0) & (top_p < 1)[:, None], 0)
+    beyond = (before >= top_p[:, None]) & (rank > 0) & (top_p < 1)[:, None]
+    nucleus = probabilities.masked_fill(beyond, 0)
     return ids.gather(1, _invert(nucleus, number)[:, None])[:, 0]
+
+
+def _truncates(row: Sampling) -> bool:
+    return row.top_k > 0 or row.top_p < 1
 
 
 def _invert(weights: Tensor, number: Tensor) -> Tensor:
@@ -102,8 +112,12 @@ def _penalize(logits: Tensor, sequences: Seq[Sequence], rows: Seq[Sampling]) -> 
     for index in penalized:
         _note_seen(sequences[index], logits)
     at = torch.tensor(penalized, device=logits.device)
-    seen = torch.stack([sequence.seen for sequence in (sequences[i] for i in penalized) if sequence.seen is not None])
-    factor = torch.tensor([rows[index].repetition_penalty for index in penalized], device=logits.device)[:, None]
+    seen = torch.stack(
+        [sequence.seen for sequence in (sequences[i] for i in penalized) if sequence.seen is not None]
+    )
+    factor = torch.tensor([rows[index].repetition_penalty for index in penalized], device=logits.device)[
+        :, None
+    ]
     scores = logits[at]
     result = logits.clone()
     result[at] = torch.where(seen, torch.where(scores < 0, scores * factor, scores / factor), scores)

@@ -91,7 +91,9 @@ class Limits:
 class Scheduler:
     """Waiting and running sequences. `reserve` asks the device's cache for room; None means not now."""
 
-    def __init__(self, limits: Limits, reserve: Callable[[Sequence], Any], release: Callable[[Any], None]) -> None:
+    def __init__(
+        self, limits: Limits, reserve: Callable[[Sequence], Any], release: Callable[[Any], None]
+    ) -> None:
         self.limits = limits
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -126,9 +128,7 @@ class Scheduler:
 
     def plan(self) -> list[Chunk]:
         """The next step: decoding sequences first, then prompts, in order of arrival."""
-        chunks = [
-            Chunk(sequence, sequence.computed, 1) for sequence in self.running if sequence.decoding
-        ]
+        chunks = [Chunk(sequence, sequence.computed, 1) for sequence in self.running if sequence.decoding]
         budget = self.limits.prefill_tokens
         for sequence in self.running:
             if sequence.decoding or sequence.leader is not None:

@@ -21,6 +21,8 @@ from actors.engine.types import Completion, Request, Sampling
 from actors.families import Family, load_family, load_model, text_message, user_message
 from examples.toy.checkpoint import write_untrained
 
+_GAIN = 2.0
+
 FAMILIES = ("llava_onevision", "aya_vision", "aria", "fuyu")
 
 
@@ -82,5 +84,6 @@ def subject(name: str) -> Subject:
     for parameter in model.parameters():
         if parameter.dim() >= 2:
             fan_in = parameter.shape[-1] if parameter.dim() == 2 else parameter[0].numel()
-            parameter.normal_(0, 1.3 * fan_in**-0.5, generator=generator)
+            parameter.normal_(0, _GAIN * fan_in**-0.5, generator=generator)
+    model.get_output_embeddings().weight[sorted(family.eos_token_ids)] *= 0.5  # else most texts end at once
     return Subject(family, model, path)
