@@ -66,7 +66,7 @@ EXPERTS = {"toy": (4, 2, 1), "mini": (16, 4, 2), "7b": (64, 6, 2)}
 SIDES = {  # tile side in pixels of small and real sizes
     "llava_onevision": (224, 384),
     "aya_vision": (224, 364),
-    "aria": (448, 980),
+    "aria": (224, 980),
 }
 PATCH = 14
 PINPOINTS = [(rows, columns) for rows in range(1, 7) for columns in range(1, 7)]

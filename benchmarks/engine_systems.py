@@ -20,6 +20,9 @@ from actors.families import Family
 
 STATIC_BATCHES = (4, 8, 16, 32)
 
+Run = Callable[[Sequence[Request]], int]
+"""Rows in, tokens generated out."""
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -36,7 +39,7 @@ class Measured:
         return self.tokens / self.seconds
 
 
-def timed(system: str, rows: Sequence[Request], run: Callable[[Sequence[Request]], int]) -> Measured:
+def timed(system: str, rows: Sequence[Request], run: Run) -> Measured:
     """One pass of `run` (rows -> tokens generated) over the rows."""
     _synchronize()
     begin = time.perf_counter()
@@ -45,7 +48,7 @@ def timed(system: str, rows: Sequence[Request], run: Callable[[Sequence[Request]
     return Measured(system, time.perf_counter() - begin, len(rows), tokens)
 
 
-def run_engine(engine: Engine) -> Callable[[Sequence[Request]], int]:
+def run_engine(engine: Engine) -> Run:
     """Tessera: any engine, all rows at once."""
 
     def run(rows: Sequence[Request]) -> int:
@@ -60,7 +63,7 @@ def run_engine(engine: Engine) -> Callable[[Sequence[Request]], int]:
     return run
 
 
-def run_generate(family: Family, model: PreTrainedModel, batch: int) -> Callable[[Sequence[Request]], int]:
+def run_generate(family: Family, model: PreTrainedModel, batch: int) -> Run:
     """`transformers.generate` in batches of `batch` rows of similar prompt length, left-padded; 1 is the pipeline."""
 
     @torch.inference_mode()

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from actors.engine.attention import Cache
 from actors.engine.cpu import CpuCache
 from actors.engine.kv_cache import KVShape
+from actors.engine.packed_experts import choose_experts
 from actors.engine.packed_linear import pack_linears
 from actors.engine.scheduler import Limits
 from actors.families.base import Family
@@ -39,7 +40,8 @@ def prepare_device(
     shape = KVShape.of(model.config.get_text_config(), model.dtype)
     _, height, width = family.tile_shape
     limits = limits or CPU_LIMITS
-    pack_linears(model)
+    if pack_linears(model):
+        choose_experts(model)
     if kv_tokens is None:
         fits = int(_available_memory() * _CPU_SHARE) // shape.bytes_per_token
         kv_tokens = min(fits, limits.sequences * family.max_positions)
