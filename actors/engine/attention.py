@@ -57,14 +57,15 @@ class Cache(Protocol):
         """Tokens (or pages) in use; 0 once no sequence runs."""
         ...
 
-    def reserve(self, tokens: int) -> Any:
-        """Room for one sequence, or None where there is none now."""
+    def reserve(self, tokens: int, leader: Any = None, shared: int = 0) -> Any:
+        """Room for one sequence, or None where there is none now. Its first `shared` tokens will be those of `leader`,
+        another reservation, and may stand in the same place."""
         ...
 
     def release(self, reservation: Any) -> None: ...
 
     def copy_prefix(self, source: Any, target: Any, tokens: int) -> None:
-        """Gives `target` the first `tokens` keys and values of `source`."""
+        """Gives `target` the first `tokens` keys and values of `source`, where they are not the same already."""
         ...
 
     def step(self, chunks: Seq[Chunk]) -> Step:

@@ -37,7 +37,7 @@ class CpuCache:
     def used(self) -> int:
         return self._runs.used
 
-    def reserve(self, tokens: int) -> Run | None:
+    def reserve(self, tokens: int, leader: Run | None = None, shared: int = 0) -> Run | None:
         return self._runs.allocate(tokens)
 
     def release(self, reservation: Run) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedModel
 
 from actors.engine.attention import Cache
@@ -16,17 +17,23 @@ from actors.engine.cpu import CpuCache
 from actors.engine.kv_cache import KVShape
 from actors.engine.packed_experts import choose_experts
 from actors.engine.packed_linear import pack_linears
+from actors.engine.paged import PagedCache
 from actors.engine.scheduler import Limits
 from actors.families.base import Family
 
 CPU_LIMITS = Limits(sequences=32, prefill_tokens=2048, visual_tokens=16384)
+CUDA_LIMITS = Limits(sequences=256, prefill_tokens=8192, visual_tokens=65536)
 _CPU_SHARE = 0.25
 """Of the memory that is available: a CPU machine runs more than the engine."""
-_TILE_PIXELS_CPU = 4 * 384 * 384
+_CUDA_SHARE = 0.9
+"""Of the memory that is free, less what a step needs: fragmentation, workspaces and graphs want some."""
+_TILE_PIXELS = {"cpu": 4 * 384 * 384, "cuda": 64 * 384 * 384}
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
+    """A device made ready for a model."""
+
     cache: Cache
     limits: Limits
     tiles: int
@@ -36,17 +43,28 @@ class Device:
 def prepare_device(
     model: PreTrainedModel, family: Family, limits: Limits | None, kv_tokens: int | None
 ) -> Device:
-    """The cache and limits for `model` on its device."""
+    """The cache and limits for `model` on its device; its layers are re-arranged for that device."""
     shape = KVShape.of(model.config.get_text_config(), model.dtype)
+    kind = model.device.type
+    limits = limits or (CUDA_LIMITS if kind == "cuda" else CPU_LIMITS)
     _, height, width = family.tile_shape
-    limits = limits or CPU_LIMITS
-    if pack_linears(model):
-        choose_experts(model)
+    tiles = max(1, _TILE_PIXELS[kind] // (height * width))
+    packed = pack_linears(model) if kind == "cpu" else 0
+    choose_experts(model, packs=packed > 0)
     if kv_tokens is None:
-        fits = int(_available_memory() * _CPU_SHARE) // shape.bytes_per_token
-        kv_tokens = min(fits, limits.sequences * family.max_positions)
-    return Device(CpuCache(shape, kv_tokens), limits, max(1, _TILE_PIXELS_CPU // (height * width)))
+        fits = _cache_bytes(model, limits) // shape.bytes_per_token
+        kv_tokens = max(1, min(fits, limits.sequences * family.max_positions))
+    cache = PagedCache(shape, kv_tokens, model.device) if kind == "cuda" else CpuCache(shape, kv_tokens)
+    return Device(cache, limits, tiles)
 
 
-def _available_memory() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def _cache_bytes(model: PreTrainedModel, limits: Limits) -> int:
+    """What the cache may take, once the weights are loaded."""
+    if model.device.type == "cpu":
+        return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _CPU_SHARE)
+    free, _ = torch.cuda.mem_get_info(model.device)
+    text = model.config.get_text_config()
+    # A step's widest moment: a layer's inner activations of all its tokens, and the logits in float32, copied.
+    inner = (8 * text.hidden_size + 4 * text.intermediate_size) * model.dtype.itemsize
+    step = limits.prefill_tokens * inner + 4 * limits.sequences * text.vocab_size * 4
+    return max(0, int(free * _CUDA_SHARE) - step)

@@ -53,10 +53,8 @@ class ContinuousEngine:
         use_packed_attention(model)
         device = prepare_device(model.eval(), family, limits, kv_tokens)
         self.cache = device.cache
-        self.runner = ModelRunner(family, model, device.cache, device.tiles)
-        self.scheduler = Scheduler(
-            device.limits, lambda s: device.cache.reserve(s.reserve), device.cache.release
-        )
+        self.runner = ModelRunner(family, model, device)
+        self.scheduler = Scheduler(device.limits, self._reserve, device.cache.release)
         self._stopper = Stopper(family)
         self._incoming: list[Sequence] = []
         self._wake = Condition()
@@ -159,6 +157,14 @@ class ContinuousEngine:
         if chunks:
             self._compute(chunks)
 
+    def _reserve(self, sequence: Sequence) -> object:
+        leader = find_leader(sequence, self.scheduler.running)
+        if leader is None:
+            return self.cache.reserve(sequence.reserve)
+        reservation = self.cache.reserve(sequence.reserve, leader.reservation, shared_tokens(sequence))
+        sequence.leader = leader if reservation is not None else None
+        return reservation
+
     def _enter(self, sequence: Sequence) -> None:
         expected = sum(layout.tokens for layout in sequence.request.layouts)
         if len(sequence.placeholders) != expected:
@@ -168,8 +174,6 @@ class ContinuousEngine:
             self._fail(sequence, RowError("prompt", message))
         elif not sequence.prompt_length:
             self._fail(sequence, RowError("prompt", "the prompt is empty"))
-        else:
-            sequence.leader = find_leader(sequence, self.scheduler.running)
 
     def _take_prefix(self, sequence: Sequence) -> None:
         leader, tokens = sequence.leader, shared_tokens(sequence)

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from actors.engine.attention import Cache, Pass, packed_forward
+from actors.engine.attention import Pass, Step, packed_forward
+from actors.engine.device import Device
+from actors.engine.graphs import DecodeGraphs
+from actors.engine.paged import PagedCache, upload
 from actors.engine.sampling import Sampled, sample
 from actors.engine.scheduler import Chunk, Sequence
 from actors.families.base import Family, ImageLayout
@@ -30,12 +33,15 @@ class _Image:
 class ModelRunner:
     """The model of one family over one cache. Calls are to be made in inference mode, by one thread at a time."""
 
-    def __init__(self, family: Family, model: PreTrainedModel, cache: Cache, tiles: int) -> None:
-        self.family, self.model, self.cache = family, model, cache
+    def __init__(self, family: Family, model: PreTrainedModel, device: Device) -> None:
+        self.family, self.model, self.cache = family, model, device.cache
         self.device = model.device
-        self.tiles = tiles
+        self.tiles = device.tiles
         """Tiles encoded at once; a larger image is encoded alone."""
         self._embed = model.get_input_embeddings()
+        self._graphs: DecodeGraphs | None = None
+        if isinstance(device.cache, PagedCache) and device.cache.flash:
+            self._graphs = DecodeGraphs(device.cache, self._decode, device.limits.sequences, family.max_positions)
 
     def encode(self, sequences: Seq[Sequence]) -> None:
         """Sets the image features of sequences, micro-batched across rows: a small image does not run alone."""
@@ -56,21 +62,32 @@ class ModelRunner:
 
     def step(self, chunks: Seq[Chunk]) -> Sampled:
         """Computes `chunks` (those of one token first); one token for each chunk that samples, in order."""
-        ids = torch.from_numpy(np.concatenate([_token_ids(chunk) for chunk in chunks]))
+        sampling = [chunk for chunk in chunks if chunk.samples]
+        if self._graphs is not None and all(chunk.start >= chunk.sequence.prompt_length for chunk in chunks):
+            logits = self._graphs(chunks, [chunk.sequence.generated[-1] for chunk in chunks])
+            if logits is not None:
+                return sample(logits, [chunk.sequence for chunk in sampling])
+        ids = np.concatenate([_token_ids(chunk) for chunk in chunks])
         positions = np.concatenate([np.arange(chunk.start, chunk.end) for chunk in chunks])
         embeds = self._embed(self._upload(ids))
         bounds = list(accumulate((chunk.length for chunk in chunks), initial=0))
         self._place_features(embeds, chunks, bounds)
-        sampling = [chunk for chunk in chunks if chunk.samples]
         hidden = packed_forward(
             self.model,
             embeds[None],
-            self._upload(torch.from_numpy(positions))[None],
+            self._upload(positions)[None],
             self._pass(chunks, bounds),
         )
         if not sampling:
             return Sampled([], None)
         return sample(self.model.lm_head(hidden), [chunk.sequence for chunk in sampling])
+
+    def _decode(self, ids: Tensor, positions: Tensor, step: Step) -> Tensor:
+        """A step of decoding tokens alone: [B], [B] -> logits [B, V]."""
+        logits: Tensor = self.model.lm_head(
+            packed_forward(self.model, self._embed(ids)[None], positions[None], Pass(step))
+        )
+        return logits
 
     def _pass(self, chunks: Seq[Chunk], bounds: Seq[int]) -> Pass:
         step = self.cache.step(chunks)
@@ -79,13 +96,13 @@ class ModelRunner:
             return Pass(step)
         last = [Chunk(chunk.sequence, chunk.end - 1, 1) for chunk in chunks if chunk.samples]
         return Pass(
-            step, self._upload(torch.tensor(rows, dtype=torch.long)), self.cache.step(last) if last else None
+            step, self._upload(np.array(rows, np.int64)), self.cache.step(last) if last else None
         )
 
     def _encode(self, images: Seq[_Image]) -> list[Tensor]:
         pixels = np.concatenate([image.pixels for image in images])
         layouts = [image.layout for image in images]
-        return self.family.embed_images(self.model, self._upload(torch.from_numpy(pixels)), layouts)
+        return self.family.embed_images(self.model, self._upload(pixels), layouts)
 
     def _place_features(self, embeds: Tensor, chunks: Seq[Chunk], bounds: Seq[int]) -> None:
         """Writes image features over the embeddings of their placeholders, in place."""
@@ -96,14 +113,11 @@ class ModelRunner:
             places = chunk.sequence.placeholders
             first, last = np.searchsorted(places, (chunk.start, chunk.end))
             if first < last:
-                rows = self._upload(torch.from_numpy(places[first:last] - chunk.start + begin))
+                rows = self._upload(places[first:last] - chunk.start + begin)
                 embeds[rows] = features[first:last].to(embeds.dtype)
 
-    def _upload(self, tensor: Tensor) -> Tensor:
-        if self.device.type == "cpu":
-            return tensor
-        # Pinned, so that the copy does not wait for what the device is doing.
-        return tensor.pin_memory().to(self.device, non_blocking=True)
+    def _upload(self, values: np.ndarray) -> Tensor:
+        return upload(values, self.device)
 
 
 def _token_ids(chunk: Chunk) -> np.ndarray:

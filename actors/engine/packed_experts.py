@@ -14,18 +14,20 @@ from transformers import PreTrainedModel
 EXPERTS = "tessera"
 
 
-def choose_experts(model: PreTrainedModel) -> None:
+def choose_experts(model: PreTrainedModel, packs: bool) -> None:
     """Picks how the experts of `model`, where it has any, are computed on its device; explicitly, because the default
-    depends on the transformers version.
+    depends on the transformers version. `packs`: whether weights can be packed here.
 
-    CUDA: `grouped_mm`, which never waits for the host. Other CPU weights than packed float32: `eager`.
+    CUDA takes `grouped_mm`, which never waits for the host. On two Zen 4 cores (16 experts of 512 x 256, four a token)
+    a layer took, for 16 tokens, 3.4 ms packed, 4.4 grouped_mm, 5.1 eager and 70 batched_mm; for 1024 tokens 57, 63,
+    61 and more memory than there was.
     """
     experts = [module for module in model.modules() if _is_experts(module)]
     if not experts:
         return
     if model.device.type == "cuda":
         name = "grouped_mm"
-    elif model.dtype == torch.float32 and all(_pack(module) for module in experts):
+    elif packs and all(_pack(module) for module in experts):
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
         ALL_EXPERTS_FUNCTIONS.register(EXPERTS, _forward)
