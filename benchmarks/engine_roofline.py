@@ -64,7 +64,9 @@ def utilisation(
                 flops += 2 * active * chunk.length + 4 * seen * heads * shape.head_dim * shape.layers
         else:
             decode += seconds
-            moved += active * model.dtype.itemsize + sum(chunk.end for chunk in chunks) * shape.bytes_per_token
+            moved += (
+                active * model.dtype.itemsize + sum(chunk.end for chunk in chunks) * shape.bytes_per_token
+            )
         return sampled
 
     engine.runner.step = step  # type: ignore[method-assign]

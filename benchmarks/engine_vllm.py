@@ -1,8 +1,9 @@
 """vLLM as a system of the engine benchmark, in an interpreter of its own.
 
-The one idea: vLLM pins its own torch, so it cannot share our process. It gets the same checkpoint folder (random weights
-of its own: `load_format="dummy"`), prompts of the same length, noise of the same image sizes and the same numbers of
-tokens to generate; it prints one line of JSON. Run as a script, this file is that other side: it imports nothing of ours.
+The one idea: vLLM pins its own torch, so it cannot share our process. It gets the same checkpoint folder (random
+weights of its own: `load_format="dummy"`), prompts of the same length, noise of the same image sizes and the same
+numbers of tokens to generate; it prints one line of JSON. Run as a script, this file is that other side and imports
+nothing of ours.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ def run_vllm(python: str, folder: Path, rows: Sequence[Request], rounds: int, th
             for row in rows
         ],
     }
-    done = subprocess.run([python, __file__], input=json.dumps(job), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [python, __file__], input=json.dumps(job), capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise RuntimeError(f"vllm failed:\n{done.stderr[-2000:]}")
     seconds = json.loads(done.stdout.strip().splitlines()[-1])["seconds"]
@@ -50,7 +53,7 @@ def run_vllm(python: str, folder: Path, rows: Sequence[Request], rounds: int, th
 def _serve(job: dict[str, Any]) -> float:
     import numpy as np
     from PIL import Image
-    from vllm import LLM, SamplingParams
+    from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
 
     random = np.random.default_rng(0)
     longest = max(row["text_tokens"] for row in job["rows"])

@@ -25,8 +25,10 @@ def images_of(family: str, size: str, workload: str) -> Sizes:
         return ((480, 540),) if decode else ((1080, 1920),)
     side = tile_side(family, size)
     small = size in ("toy", "mini")
-    if family == "llava_onevision":  # decode: a whole view and one tile
-        return ((side, side),) if decode else ((3 * side, (3 if small else 2) * side),)
+    if (
+        family == "llava_onevision"
+    ):  # decode: a whole view, and one tile of which a quarter is left once unpadded
+        return ((side // 4, side),) if decode else ((3 * side, (3 if small else 2) * side),)
     if family == "aya_vision":
         return (
             ((2 * side, (2 if small else 1) * side),)

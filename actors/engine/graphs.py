@@ -8,7 +8,9 @@ beyond the batch write to the cache's spare page and are read by nobody.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence as Seq
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +28,9 @@ Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 class DecodeGraphs:
     """Decoding steps of up to `rows` sequences of up to `tokens` tokens."""
 
-    def __init__(self, cache: PagedCache, decode: Decode, rows: int, tokens: int, capture: Capture | None = None) -> None:
+    def __init__(
+        self, cache: PagedCache, decode: Decode, rows: int, tokens: int, capture: Capture | None = None
+    ) -> None:
         self.cache, self._decode, self._capture = cache, decode, capture or CudaCapture()
         self.ladder = ladder(rows)
         self._pages = -(-tokens // PAGE)
@@ -88,7 +92,9 @@ class _Captured:
             staging[2, row] = slot_of(pages, np.array([chunk.start]))[0]
             staging[3, row] = chunk.end
             staging[4 : 4 + len(pages), row] = pages
-        self.step.spans = [(chunk.start, chunk.end) for chunk in chunks] + [(0, 1)] * (self.packed.shape[1] - rows)
+        self.step.spans = [(chunk.start, chunk.end) for chunk in chunks] + [(0, 1)] * (
+            self.packed.shape[1] - rows
+        )
         self.packed.copy_(self._staging, non_blocking=True)
 
 
@@ -96,7 +102,7 @@ class CudaCapture:
     """Captures a call as a CUDA graph; all graphs share one memory pool, since one runs at a time."""
 
     def __init__(self) -> None:
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         stream = torch.cuda.Stream()

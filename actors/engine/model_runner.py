@@ -41,7 +41,9 @@ class ModelRunner:
         self._embed = model.get_input_embeddings()
         self._graphs: DecodeGraphs | None = None
         if isinstance(device.cache, PagedCache) and device.cache.flash:
-            self._graphs = DecodeGraphs(device.cache, self._decode, device.limits.sequences, family.max_positions)
+            self._graphs = DecodeGraphs(
+                device.cache, self._decode, device.limits.sequences, family.max_positions
+            )
 
     def encode(self, sequences: Seq[Sequence]) -> None:
         """Sets the image features of sequences, micro-batched across rows: a small image does not run alone."""
@@ -95,9 +97,7 @@ class ModelRunner:
         if len(rows) == bounds[-1]:
             return Pass(step)
         last = [Chunk(chunk.sequence, chunk.end - 1, 1) for chunk in chunks if chunk.samples]
-        return Pass(
-            step, self._upload(np.array(rows, np.int64)), self.cache.step(last) if last else None
-        )
+        return Pass(step, self._upload(np.array(rows, np.int64)), self.cache.step(last) if last else None)
 
     def _encode(self, images: Seq[_Image]) -> list[Tensor]:
         pixels = np.concatenate([image.pixels for image in images])

@@ -38,7 +38,9 @@ def choose_experts(model: PreTrainedModel, packs: bool) -> None:
 
 
 def _is_experts(module: nn.Module) -> bool:
-    return all(isinstance(getattr(module, name, None), nn.Parameter) for name in ("gate_up_proj", "down_proj"))
+    return all(
+        isinstance(getattr(module, name, None), nn.Parameter) for name in ("gate_up_proj", "down_proj")
+    )
 
 
 def _pack(experts: nn.Module) -> bool:

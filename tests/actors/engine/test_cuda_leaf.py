@@ -121,7 +121,12 @@ def test_sequences_longer_than_a_page(flash: bool, monkeypatch: pytest.MonkeyPat
     if flash:
         use_flash(engine, monkeypatch)
     rows = [
-        Row(seed=seed, sizes=((40, 60),) * images, text=" ".join(["red circle"] * words), sampling=Sampling(24))
+        Row(
+            seed=seed,
+            sizes=((40, 60),) * images,
+            text=" ".join(["red circle"] * words),
+            sampling=Sampling(24),
+        )
         for seed, (images, words) in enumerate([(3, 60), (1, 110), (6, 2), (0, 125)])
     ]
     lengths = [len(subject("aya_vision").request(row).token_ids) for row in rows]
