@@ -3,12 +3,13 @@
     python -m benchmarks.engine --size mini --device cpu
     python -m benchmarks.engine --size 7b --device cuda --families llava_onevision --systems tessera,generate
 
-Families x {decode-heavy, prefill-heavy} x systems: `tessera` (the continuous engine), `generate` (transformers in static
-batches, the best of batch 4 / 8 / 16 / 32 over rows sorted by length), `pipeline` (transformers row by row, as the model
-documentation shows) and `vllm`, where --vllm-python names an interpreter that has it. A table, then one line of JSON.
+Families x {decode-heavy, prefill-heavy} x systems: `tessera` (the continuous engine), `generate` (transformers in
+static batches, the best of batch 4 / 8 / 16 / 32 over rows sorted by length), `pipeline` (transformers row by row, as
+the model documentation shows) and `vllm`, where --vllm-python names an interpreter that has it. A table, then one line
+of JSON.
 
-What is timed: rows with uint8 tiles and token ids in memory -> generated ids. Each system runs a short warm-up first and
-then --rounds passes, round by round so that a busy neighbour troubles all alike; the fastest pass counts.
+What is timed: rows with uint8 tiles and token ids in memory -> generated ids. Each system runs a short warm-up first
+and then --rounds passes, round by round so that a busy neighbour troubles all alike; the fastest pass counts.
 """
 
 from __future__ import annotations
