@@ -1,4 +1,4 @@
-"""The CPU's cache and attention: plain slices of one arena, one scaled dot product a sequence.
+"""The CPU's cache and attention: plain slices of one arena, one scaled dot product a sequence, or the compiled kernel.
 
 The one idea: a sequence's keys lie in one contiguous run, so its attention reads exactly its live tokens, without
 masks, copies or repeated heads: the G query heads that share a key head are G "queries" of one small product. The
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from actors.engine.attention import window_mask
+from actors.engine.decode_kernel import DecodeKernel
 from actors.engine.kv_cache import KVShape, Run, RunAllocator
 from actors.engine.scheduler import Chunk
 
@@ -26,11 +27,12 @@ _SHORT = 1024
 class CpuCache:
     """Keys and values of all layers, each [layers, heads, capacity, head_dim]."""
 
-    def __init__(self, shape: KVShape, capacity: int) -> None:
+    def __init__(self, shape: KVShape, capacity: int, kernel: DecodeKernel | None = None) -> None:
         size = (shape.layers, shape.heads, capacity, shape.head_dim)
         self.keys = torch.empty(size, dtype=shape.dtype)
         self.values = torch.empty(size, dtype=shape.dtype)
         self.capacity = capacity
+        self.kernel = kernel
         self._runs = RunAllocator(capacity)
 
     @property
@@ -97,6 +99,11 @@ class CpuStep:
     ) -> Tensor:
         """query [H, R, d], one token of each of R sequences -> [1, R, H, d]."""
         heads, rows, width = query.shape
+        if self.cache.kernel is not None:
+            spans = self.spans
+            if window is not None:
+                spans = [(max(start, end - window), end) for start, end in spans]
+            return self.cache.kernel(query.transpose(0, 1), keys[0], values[0], spans, scaling)[None]
         shared = keys.shape[1]
         grouped = query.transpose(0, 1).reshape(rows, shared, heads // shared, width)
         outputs = []

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from actors.engine.attention import Cache
 from actors.engine.cpu import CpuCache
+from actors.engine.decode_kernel import decode_kernel
 from actors.engine.kv_cache import KVShape
 from actors.engine.packed_experts import choose_experts
 from actors.engine.packed_linear import pack_linears
@@ -54,8 +55,11 @@ def prepare_device(
     if kv_tokens is None:
         fits = _cache_bytes(model, limits) // shape.bytes_per_token
         kv_tokens = max(1, min(fits, limits.sequences * family.max_positions))
-    cache = PagedCache(shape, kv_tokens, model.device) if kind == "cuda" else CpuCache(shape, kv_tokens)
-    return Device(cache, limits, tiles)
+    if kind == "cuda":
+        return Device(PagedCache(shape, kv_tokens, model.device), limits, tiles)
+    group = model.config.get_text_config().num_attention_heads // shape.heads
+    kernel = decode_kernel(shape.heads, group, shape.head_dim, shape.dtype)
+    return Device(CpuCache(shape, kv_tokens, kernel), limits, tiles)
 
 
 def _cache_bytes(model: PreTrainedModel, limits: Limits) -> int:

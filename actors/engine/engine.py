@@ -75,7 +75,11 @@ class ContinuousEngine:
                     if request is None:
                         exhausted = True
                         break
-                    sequence = self._sequence(request, finished)
+                    try:
+                        sequence = self._sequence(request, finished)
+                    except Exception as error:  # an odd request is its own matter too
+                        yield Completion(request.key, (), None, "error", row_error(error))
+                        continue
                     outstanding.add(sequence)
                     self._submit(sequence)
                 if not outstanding:
@@ -141,8 +145,7 @@ class ContinuousEngine:
 
     def _step(self) -> None:
         """Let sequences in, encode what the step needs, compute it, let finished sequences out."""
-        for sequence in [sequence for sequence in self.scheduler.running if sequence.cancelled]:
-            self.scheduler.remove(sequence)
+        self.scheduler.drop_cancelled()
         known = len(self.scheduler.running)
         for sequence in self.scheduler.admit():
             message = f"{sequence.reserve} tokens do not fit into a cache of {self.cache.capacity}"

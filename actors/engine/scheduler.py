@@ -144,6 +144,13 @@ class Scheduler:
                 break
         return sorted(chunks, key=lambda chunk: chunk.length > 1)  # decoding and all that looks like it first
 
+    def drop_cancelled(self) -> None:
+        """Takes out what nobody listens to any more."""
+        for sequence in [sequence for sequence in self.running if sequence.cancelled]:
+            self.remove(sequence)
+        if any(sequence.cancelled for sequence in self.waiting):
+            self.waiting = deque(sequence for sequence in self.waiting if not sequence.cancelled)
+
     def remove(self, sequence: Sequence) -> None:
         """Takes a finished, failed or abandoned sequence out, and gives its room back."""
         self.running.remove(sequence)

@@ -28,7 +28,7 @@ def paged_engine(family: str, monkeypatch: pytest.MonkeyPatch, pages: int = 24) 
     """An engine over the paged cache, on the CPU."""
     one = subject(family)
 
-    def cache(shape: KVShape, capacity: int) -> PagedCache:
+    def cache(shape: KVShape, capacity: int, kernel: object) -> PagedCache:
         return PagedCache(shape, capacity, torch.device("cpu"))
 
     monkeypatch.setattr("actors.engine.device.CpuCache", cache)
