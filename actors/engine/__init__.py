@@ -6,16 +6,25 @@ from typing import Literal
 
 from transformers import PreTrainedModel
 
+from actors.engine.engine import ContinuousEngine
 from actors.engine.reference import ReferenceEngine
-from actors.engine.types import Completion, Engine, Request, Sampling, row_seed
+from actors.engine.types import Completion, DeviceLost, Engine, Request, Sampling, row_seed
 from actors.families.base import Family
 
 EngineName = Literal["continuous", "reference"]
 
-__all__ = ["Completion", "Engine", "EngineName", "Request", "Sampling", "build_engine", "row_seed"]
+__all__ = [
+    "Completion",
+    "DeviceLost",
+    "Engine",
+    "EngineName",
+    "Request",
+    "Sampling",
+    "build_engine",
+    "row_seed",
+]
 
 
 def build_engine(name: EngineName, family: Family, model: PreTrainedModel) -> Engine:
-    """The engine of that name over a loaded model. Until the continuous engine lands both names give the
-    reference engine, which makes the same tokens."""
-    return ReferenceEngine(family, model)
+    """The engine of that name over a loaded model, which is then the engine's own."""
+    return ContinuousEngine(family, model) if name == "continuous" else ReferenceEngine(family, model)

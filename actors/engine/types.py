@@ -30,6 +30,8 @@ class Sampling:
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int = 0
+    logprobs: bool = False
+    """Whether to report each token's log-probability (continuous engine only)."""
 
 
 def row_seed(job_seed: int, shard: str, row: int) -> int:
@@ -59,13 +61,28 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What a request became: text up to (not with) the end-of-sequence token or stop string, or an error."""
+    """What a request became: text up to (not with) the end-of-sequence token or stop string, or an error.
+
+    `logprobs`, where asked for, holds one natural logarithm a generated token: under the model itself, before
+    temperature, penalties and truncation.
+    """
 
     key: Hashable
     token_ids: tuple[int, ...]
     text: str | None
     finish_reason: FinishReason
     error: RowError | None = None
+    logprobs: tuple[float, ...] | None = None
+
+    @property
+    def logprob(self) -> float | None:
+        """The log-probability of the whole generated sequence."""
+        return None if self.logprobs is None else sum(self.logprobs)
+
+
+class DeviceLost(RuntimeError):
+    """The device failed for good (a CUDA fault): nothing can be computed in this process any more. Every caller of the
+    engine gets it; the actor must end its process, so that another takes its place."""
 
 
 class Engine(Protocol):

@@ -1,0 +1,200 @@
+"""How the stock text models come to attend to our cache: transformers' attention interface, and what a device adds.
+
+The one idea: the models run unchanged on N packed tokens, [1, N, D]. Their attention layers dispatch by name to the
+function registered here, which hands queries, keys and values to the step in progress; the step knows which tokens
+belong together and where their past lies. There is no mask and no padding anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from actors.engine.scheduler import Chunk
+
+ATTENTION = "tessera"
+
+
+class Attends(Protocol):
+    """What a layer of the model meets."""
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
+    ) -> Tensor: ...
+
+
+class Step(Protocol):
+    """Some tokens' view of the cache."""
+
+    def store(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Writes key and value [1, H_kv, N, d] of the step's tokens to their places."""
+        ...
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
+    ) -> Tensor:
+        """Stores keys and values, then attends causally, each sequence over its own tokens.
+
+        query [1, H, N, d]; key, value [1, H_kv, N, d] -> [1, N, H, d]. With a `window` a token sees that many
+        tokens, itself included.
+        """
+        ...
+
+
+class Cache(Protocol):
+    """A device's keys and values: room for sequences, and the steps over it."""
+
+    capacity: int
+    """Tokens it can hold."""
+
+    @property
+    def used(self) -> int:
+        """Tokens (or pages) in use; 0 once no sequence runs."""
+        ...
+
+    def reserve(self, tokens: int, leader: Any = None, shared: int = 0) -> Any:
+        """Room for one sequence, or None where there is none now. Its first `shared` tokens will be those of `leader`,
+        another reservation, and may stand in the same place."""
+        ...
+
+    def release(self, reservation: Any) -> None: ...
+
+    def copy_prefix(self, source: Any, target: Any, tokens: int) -> None:
+        """Gives `target` the first `tokens` keys and values of `source`, where they are not the same already."""
+        ...
+
+    def step(self, chunks: Seq[Chunk]) -> Step:
+        """The step over `chunks`: decoding ones (length 1) first."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One forward pass: what its tokens attend to, and which of them yield a token."""
+
+    step: Step
+    rows: Tensor | None = None
+    """int64: the tokens that do; None where all do."""
+    last: Step | None = None
+    """The step of those rows alone."""
+
+    def attend(self, *arguments: Any) -> Tensor:
+        return self.step.attend(*arguments)
+
+
+@dataclass(frozen=True, slots=True)
+class StoreOnly:
+    """Fills the cache without attending."""
+
+    step: Step
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
+        self.step.store(layer, key, value)
+        return query.transpose(1, 2)  # of the right shape; nobody reads it
+
+
+def use_packed_attention(model: PreTrainedModel) -> None:
+    """Makes the text model of `model` attend through the `step=` it is called with. Its vision tower keeps its own
+    attention. From here on the model belongs to the engine: `generate` would find no step."""
+    AttentionInterface.register(ATTENTION, _attend)
+    AttentionMaskInterface.register(ATTENTION, _no_mask)
+    model.set_attn_implementation({"text_config": ATTENTION})
+    if model.config.get_text_config()._attn_implementation != ATTENTION:
+        raise ValueError(f"{type(model).__name__}: its text model does not take another attention")
+    layers = model.model.language_model.layers
+    layers[-1] = LastLayer(layers[-1])
+
+
+def packed_forward(model: PreTrainedModel, embeds: Tensor, positions: Tensor, forward: Pass) -> Tensor:
+    """The text model over N packed tokens: [1, N, D] and int64 [1, N] -> hidden states [R, D] of the pass's rows."""
+    hidden = model.model.language_model(
+        inputs_embeds=embeds, position_ids=positions, attention_mask=None, use_cache=False, step=forward
+    )
+    return hidden.last_hidden_state[0]
+
+
+class LastLayer(nn.Module):
+    """The last decoder layer, computed only for the rows that yield a token.
+
+    Of a prompt's other tokens the cache needs the last layer's keys and values, and nobody needs anything else. So its
+    attention runs over all tokens to store them, and the layer itself on what is left: of a long prompt, one row.
+    """
+
+    layer: Any
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        step: Pass,
+        position_embeddings: tuple[Tensor, Tensor],
+        position_ids: Tensor,
+        **kwargs: Any,
+    ) -> Tensor:
+        if step.rows is None:
+            return self.layer(
+                hidden_states,
+                step=step,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                **kwargs,
+            )
+        self.layer.self_attn(
+            hidden_states=self.layer.input_layernorm(hidden_states),
+            step=StoreOnly(step.step),
+            position_embeddings=position_embeddings,
+            position_ids=position_ids,
+            **kwargs,
+        )
+        hidden_states = hidden_states[:, step.rows]
+        if step.last is None:
+            return hidden_states
+        cos, sin = position_embeddings
+        return self.layer(
+            hidden_states,
+            step=step.last,
+            position_embeddings=(cos[:, step.rows], sin[:, step.rows]),
+            position_ids=position_ids[:, step.rows],
+            **kwargs,
+        )
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    step: Attends,
+    sliding_window: int | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    return step.attend(module.layer_idx, query, key, value, scaling, sliding_window), None  # type: ignore[arg-type]
+
+
+def _no_mask(*_: object, **__: object) -> None:
+    return None
+
+
+def window_mask(
+    queries: int, past: int, window: int | None, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """[queries, past + queries] to add to scores: 0 where a query sees a key, -inf elsewhere. Query i stands at
+    position past + i; it sees what is not after it and, with a window, fewer than `window` before it."""
+    distance = (
+        torch.arange(past, past + queries, device=device)[:, None]
+        - torch.arange(past + queries, device=device)[None]
+    )
+    hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+    return torch.zeros(distance.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))

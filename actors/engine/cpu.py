@@ -1,0 +1,156 @@
+"""The CPU's cache and attention: plain slices of one arena, one scaled dot product a sequence, or the compiled kernel.
+
+The one idea: a sequence's keys lie in one contiguous run, so its attention reads exactly its live tokens, without
+masks, copies or repeated heads: the G query heads that share a key head are G "queries" of one small product. The
+arena's memory is not touched, and so costs nothing, until tokens are written to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from actors.engine.attention import window_mask
+from actors.engine.decode_kernel import DecodeKernel
+from actors.engine.kv_cache import KVShape, Run, RunAllocator
+from actors.engine.scheduler import Chunk
+
+_BLOCK = 64
+"""Queries at a time in short prompts and sliding windows: larger blocks compute more scores only to mask them."""
+_SHORT = 1024
+"""Prompt tokens up to which blocks win: the kernel's own causal mode skips keys by the 512 (measured)."""
+
+
+class CpuCache:
+    """Keys and values of all layers, each [layers, heads, capacity, head_dim]."""
+
+    def __init__(self, shape: KVShape, capacity: int, kernel: DecodeKernel | None = None) -> None:
+        size = (shape.layers, shape.heads, capacity, shape.head_dim)
+        self.keys = torch.empty(size, dtype=shape.dtype)
+        self.values = torch.empty(size, dtype=shape.dtype)
+        self.capacity = capacity
+        self.kernel = kernel
+        self._runs = RunAllocator(capacity)
+
+    @property
+    def used(self) -> int:
+        return self._runs.used
+
+    def reserve(self, tokens: int, leader: Run | None = None, shared: int = 0) -> Run | None:
+        return self._runs.allocate(tokens)
+
+    def release(self, reservation: Run) -> None:
+        self._runs.free(reservation)
+
+    def copy_prefix(self, source: Run, target: Run, tokens: int) -> None:
+        for cache in (self.keys, self.values):
+            copied = cache[:, :, source.start : source.start + tokens]
+            cache[:, :, target.start : target.start + tokens] = copied
+
+    def step(self, chunks: Seq[Chunk]) -> CpuStep:
+        return CpuStep(self, chunks)
+
+
+class CpuStep:
+    """One step: decoding tokens first, then prompt chunks."""
+
+    def __init__(self, cache: CpuCache, chunks: Seq[Chunk]) -> None:
+        self.cache = cache
+        decoding = [chunk for chunk in chunks if chunk.length == 1]
+        self.prefills = [chunk for chunk in chunks if chunk.length > 1]
+        if [*decoding, *self.prefills] != list(chunks):
+            raise ValueError("chunks of one token come first")
+        self.spans = [
+            (chunk.sequence.reservation.start, chunk.sequence.reservation.start + chunk.end)
+            for chunk in decoding
+        ]
+        self.places = torch.tensor([end - 1 for _, end in self.spans])
+        self._masks: dict[tuple[int, int, int | None], Tensor] = {}
+
+    def store(self, layer: int, key: Tensor, value: Tensor) -> None:
+        rows = len(self.spans)
+        for cache, new in ((self.cache.keys[layer], key[0]), (self.cache.values[layer], value[0])):
+            if rows:
+                cache.index_copy_(1, self.places, new[:, :rows])
+            first = rows
+            for chunk in self.prefills:
+                start = chunk.sequence.reservation.start
+                cache[:, start + chunk.start : start + chunk.end] = new[:, first : first + chunk.length]
+                first += chunk.length
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
+    ) -> Tensor:
+        self.store(layer, key, value)
+        keys, values = self.cache.keys[layer, None], self.cache.values[layer, None]
+        first = len(self.spans)
+        outputs = [self._decode(query[0, :, :first], keys, values, scaling, window)] if first else []
+        for chunk in self.prefills:
+            part = query[:, :, first : first + chunk.length]
+            outputs.append(self._prefill(chunk, part, keys, values, scaling, window))
+            first += chunk.length
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def _decode(
+        self, query: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int | None
+    ) -> Tensor:
+        """query [H, R, d], one token of each of R sequences -> [1, R, H, d]."""
+        heads, rows, width = query.shape
+        if self.cache.kernel is not None:
+            spans = self.spans
+            if window is not None:
+                spans = [(max(start, end - window), end) for start, end in spans]
+            return self.cache.kernel(query.transpose(0, 1), keys[0], values[0], spans, scaling)[None]
+        shared = keys.shape[1]
+        grouped = query.transpose(0, 1).reshape(rows, shared, heads // shared, width)
+        outputs = []
+        for row, (start, end) in enumerate(self.spans):
+            if window is not None and end - start > window:
+                start = end - window
+            outputs.append(
+                F.scaled_dot_product_attention(
+                    grouped[row : row + 1], keys[:, :, start:end], values[:, :, start:end], scale=scaling
+                )
+            )
+        return torch.cat(outputs).view(1, rows, heads, width)
+
+    def _prefill(
+        self, chunk: Chunk, query: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int | None
+    ) -> Tensor:
+        """query [1, H, n, d] of one sequence's next n tokens -> [1, n, H, d]."""
+        start = chunk.sequence.reservation.start
+        shares = query.shape[1] != keys.shape[1]
+        if window is not None and chunk.end <= window:
+            window = None
+        blocks_pay = chunk.length <= _SHORT and query.shape[1] >= 2 * torch.get_num_threads()
+        if window is None and chunk.start == 0 and not blocks_pay:
+            at = slice(start, start + chunk.end)
+            attended = F.scaled_dot_product_attention(
+                query, keys[:, :, at], values[:, :, at], is_causal=True, scale=scaling, enable_gqa=shares
+            )
+            return attended.transpose(1, 2)
+        block = chunk.length if window is None and not blocks_pay else _BLOCK
+        outputs = []
+        for begin in range(chunk.start, chunk.end, block):
+            end = min(begin + block, chunk.end)
+            low = 0 if window is None else max(0, begin - window + 1)
+            attended = F.scaled_dot_product_attention(
+                query[:, :, begin - chunk.start : end - chunk.start],
+                keys[:, :, start + low : start + end],
+                values[:, :, start + low : start + end],
+                attn_mask=self._mask(end - begin, begin - low, window, query.dtype),
+                scale=scaling,
+                enable_gqa=shares,
+            )
+            outputs.append(attended.transpose(1, 2))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def _mask(self, queries: int, past: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        # Layers, and most blocks of a layer, need the same few masks.
+        key = (queries, past, window)
+        if key not in self._masks:
+            self._masks[key] = window_mask(queries, past, window, dtype, torch.device("cpu"))
+        return self._masks[key]

@@ -1,0 +1,74 @@
+"""What the engine derives from the device it runs on: the cache, its size, and what a step may hold.
+
+The one idea: these are no knobs. Memory that is free after the weights are loaded is the cache; the rest follows from
+what keeps that kind of device busy.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from actors.engine.attention import Cache
+from actors.engine.cpu import CpuCache
+from actors.engine.decode_kernel import decode_kernel
+from actors.engine.kv_cache import KVShape
+from actors.engine.packed_experts import choose_experts
+from actors.engine.packed_linear import pack_linears
+from actors.engine.paged import PagedCache
+from actors.engine.scheduler import Limits
+from actors.families.base import Family
+
+CPU_LIMITS = Limits(sequences=32, prefill_tokens=2048, visual_tokens=16384)
+CUDA_LIMITS = Limits(sequences=256, prefill_tokens=8192, visual_tokens=65536)
+_CPU_SHARE = 0.25
+"""Of the memory that is available: a CPU machine runs more than the engine."""
+_CUDA_SHARE = 0.9
+"""Of the memory that is free, less what a step needs: fragmentation, workspaces and graphs want some."""
+_TILE_PIXELS = {"cpu": 4 * 384 * 384, "cuda": 64 * 384 * 384}
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A device made ready for a model."""
+
+    cache: Cache
+    limits: Limits
+    tiles: int
+    """Tiles encoded at once."""
+
+
+def prepare_device(
+    model: PreTrainedModel, family: Family, limits: Limits | None, kv_tokens: int | None
+) -> Device:
+    """The cache and limits for `model` on its device; its layers are re-arranged for that device."""
+    shape = KVShape.of(model.config.get_text_config(), model.dtype)
+    kind = model.device.type
+    limits = limits or (CUDA_LIMITS if kind == "cuda" else CPU_LIMITS)
+    _, height, width = family.tile_shape
+    tiles = max(1, _TILE_PIXELS[kind] // (height * width))
+    packed = pack_linears(model) if kind == "cpu" else 0
+    choose_experts(model, packs=packed > 0)
+    if kv_tokens is None:
+        fits = _cache_bytes(model, limits) // shape.bytes_per_token
+        kv_tokens = max(1, min(fits, limits.sequences * family.max_positions))
+    if kind == "cuda":
+        return Device(PagedCache(shape, kv_tokens, model.device), limits, tiles)
+    group = model.config.get_text_config().num_attention_heads // shape.heads
+    kernel = decode_kernel(shape.heads, group, shape.head_dim, shape.dtype)
+    return Device(CpuCache(shape, kv_tokens, kernel), limits, tiles)
+
+
+def _cache_bytes(model: PreTrainedModel, limits: Limits) -> int:
+    """What the cache may take, once the weights are loaded."""
+    if model.device.type == "cpu":
+        return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _CPU_SHARE)
+    free, _ = torch.cuda.mem_get_info(model.device)
+    text = model.config.get_text_config()
+    # A step's widest moment: a layer's inner activations of all its tokens, and the logits in float32, copied.
+    inner = (8 * text.hidden_size + 4 * text.intermediate_size) * model.dtype.itemsize
+    step = limits.prefill_tokens * inner + 4 * limits.sequences * text.vocab_size * 4
+    return max(0, int(free * _CUDA_SHARE) - step)

@@ -1,0 +1,291 @@
+"""The continuous-batching engine: sequences enter and leave at every step.
+
+The one idea: one thread runs steps over whatever is there; any number of callers submit requests and take their own
+completions as they finish. So a caller's last rows decode beside the next caller's first ones, and the batch stays
+full across their borders.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from queue import SimpleQueue
+from threading import Condition, Thread
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from actors.engine.attention import use_packed_attention
+from actors.engine.device import prepare_device
+from actors.engine.failures import describe, is_fatal, is_out_of_memory, row_error
+from actors.engine.model_runner import ModelRunner
+from actors.engine.prefix import find_leader, prefix_key, shared_tokens
+from actors.engine.reference import complete
+from actors.engine.sampling import Sampled
+from actors.engine.scheduler import Chunk, Limits, Scheduler, Sequence
+from actors.engine.stopping import Stopper
+from actors.engine.types import Completion, DeviceLost, Request
+from actors.errors import RowError
+from actors.families.base import Family
+
+log = logging.getLogger(__name__)
+
+_IDLE_SECONDS = 5.0
+_SMALLEST_CHUNK = 128
+
+
+class ContinuousEngine:
+    """Generates for many requests at once, on the model's device and in its dtype. The model belongs to the engine.
+
+    `limits` and `kv_tokens` (tokens of cache) are derived from the device unless given.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        model: PreTrainedModel,
+        limits: Limits | None = None,
+        kv_tokens: int | None = None,
+    ) -> None:
+        self.family = family
+        use_packed_attention(model)
+        device = prepare_device(model.eval(), family, limits, kv_tokens)
+        self.cache = device.cache
+        self.runner = ModelRunner(family, model, device)
+        self.scheduler = Scheduler(device.limits, self._reserve, device.cache.release)
+        self._stopper = Stopper(family)
+        self._incoming: list[Sequence] = []
+        self._wake = Condition()
+        self._thread: Thread | None = None
+        self._lost: DeviceLost | None = None
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """Completions as they finish. Safe to call from several threads at once; requests are taken from the iterable
+        only as far ahead as keeps the engine full. Raises DeviceLost."""
+        finished: SimpleQueue[tuple[Sequence, Completion | DeviceLost]] = SimpleQueue()
+        outstanding: set[Sequence] = set()
+        left = iter(requests)
+        exhausted = False
+        try:
+            while True:
+                while not exhausted and len(outstanding) < 2 * self.scheduler.limits.sequences:
+                    request = next(left, None)
+                    if request is None:
+                        exhausted = True
+                        break
+                    try:
+                        sequence = self._sequence(request, finished)
+                    except Exception as error:  # an odd request is its own matter too
+                        yield Completion(request.key, (), None, "error", row_error(error))
+                        continue
+                    outstanding.add(sequence)
+                    self._submit(sequence)
+                if not outstanding:
+                    return
+                sequence, completion = finished.get()
+                outstanding.discard(sequence)
+                if isinstance(completion, DeviceLost):
+                    raise completion
+                yield completion
+        finally:  # also where the caller stops listening
+            for sequence in outstanding:
+                sequence.cancelled = True
+
+    def _sequence(self, request: Request, finished: SimpleQueue) -> Sequence:
+        placeholders = np.flatnonzero(np.asarray(request.token_ids) == self.family.image_token_id)
+        sequence = Sequence(request, emit=finished.put, placeholders=placeholders)
+        if len(placeholders):
+            sequence.prefix = int(placeholders[-1]) + 1
+            sequence.prefix_key = prefix_key(sequence)
+        return sequence
+
+    def _submit(self, sequence: Sequence) -> None:
+        with self._wake:
+            if self._lost is not None:
+                raise self._lost
+            self._incoming.append(sequence)
+            if self._thread is None:
+                # A daemon, and gone when idle: nobody has to close an engine.
+                self._thread = Thread(target=self._work, name="tessera-engine", daemon=True)
+                self._thread.start()
+            self._wake.notify()
+
+    def _work(self) -> None:
+        with torch.inference_mode():
+            while self._take_incoming():
+                try:
+                    self._step()
+                except Exception as error:
+                    self._end(error)
+                    return
+
+    def _take_incoming(self) -> bool:
+        """Hands new sequences to the scheduler; False after a while without any work."""
+        with self._wake:
+            if not self._incoming and not len(self.scheduler):
+                self._wake.wait_for(lambda: bool(self._incoming), timeout=_IDLE_SECONDS)
+            if not self._incoming and not len(self.scheduler):
+                self._thread = None
+                return False
+            for sequence in self._incoming:
+                self.scheduler.add(sequence)
+            self._incoming.clear()
+            return True
+
+    def _end(self, error: Exception) -> None:
+        """The device is gone, or the engine itself is broken: all callers hear of it, now and from here on."""
+        lost = DeviceLost(f"{describe(error)}")
+        lost.__cause__ = error
+        with self._wake:
+            self._lost, self._thread = lost, None
+            for sequence in (*self.scheduler.running, *self.scheduler.waiting, *self._incoming):
+                sequence.emit((sequence, lost))
+
+    def _step(self) -> None:
+        """Let sequences in, encode what the step needs, compute it, let finished sequences out."""
+        self.scheduler.drop_cancelled()
+        known = len(self.scheduler.running)
+        for sequence in self.scheduler.admit():
+            message = f"{sequence.reserve} tokens do not fit into a cache of {self.cache.capacity}"
+            self._emit(sequence, RowError("oom", message))
+        for sequence in self.scheduler.running[known:]:
+            self._enter(sequence)
+        for sequence in self.scheduler.running:
+            self._take_prefix(sequence)
+        chunks = self.scheduler.plan()
+        self._encode([chunk.sequence for chunk in chunks if _needs_features(chunk)])
+        chunks = [chunk for chunk in chunks if chunk.sequence.reservation is not None]
+        if chunks:
+            self._compute(chunks)
+
+    def _reserve(self, sequence: Sequence) -> object:
+        leader = find_leader(sequence, self.scheduler.running)
+        if leader is None:
+            return self.cache.reserve(sequence.reserve)
+        reservation = self.cache.reserve(sequence.reserve, leader.reservation, shared_tokens(sequence))
+        sequence.leader = leader if reservation is not None else None
+        return reservation
+
+    def _enter(self, sequence: Sequence) -> None:
+        expected = sum(layout.tokens for layout in sequence.request.layouts)
+        if len(sequence.placeholders) != expected:
+            message = (
+                f"the prompt has {len(sequence.placeholders)} image placeholders for {expected} features"
+            )
+            self._fail(sequence, RowError("prompt", message))
+        elif not sequence.prompt_length:
+            self._fail(sequence, RowError("prompt", "the prompt is empty"))
+
+    def _take_prefix(self, sequence: Sequence) -> None:
+        leader, tokens = sequence.leader, shared_tokens(sequence)
+        if leader is None:
+            return
+        if leader.reservation is None:  # it failed or was given up before: this one leads now
+            sequence.leader = find_leader(sequence, self.scheduler.running)
+        elif leader.computed >= tokens:
+            self.cache.copy_prefix(leader.reservation, sequence.reservation, tokens)
+            sequence.computed, sequence.leader = tokens, None
+
+    def _encode(self, sequences: list[Sequence]) -> None:
+        """Image features for `sequences`. What fails together is tried apart, so that one image fails alone."""
+        if not sequences:
+            return
+        try:
+            self.runner.encode(sequences)
+        except Exception as error:
+            self._check(error)
+            oom = is_out_of_memory(error)
+            if len(sequences) == 1 and not (oom and self._shrink_tiles()):
+                self._fail(sequences[0], row_error(error))
+                return
+            if oom:
+                self._shrink_tiles()
+            for sequence in sequences:
+                self._encode([sequence])
+
+    def _compute(self, chunks: list[Chunk]) -> None:
+        """One step. What fails together is tried in halves: a step over the same tokens may be repeated, since it
+        writes the same keys and values to the same places."""
+        try:
+            sampled = self.runner.step(chunks)
+        except Exception as error:
+            self._check(error)
+            shrunk = is_out_of_memory(error) and self._shrink_step(chunks)
+            if len(chunks) > 1:
+                middle = len(chunks) // 2
+                self._compute(chunks[:middle])
+                self._compute(chunks[middle:])
+            elif not (shrunk and chunks[0].length > self.scheduler.limits.prefill_tokens):
+                self._fail(chunks[0].sequence, row_error(error))
+            return
+        self._advance(chunks, sampled)
+
+    def _advance(self, chunks: list[Chunk], sampled: Sampled) -> None:
+        row = 0
+        for chunk in chunks:
+            sequence = chunk.sequence
+            sequence.computed = chunk.end
+            if not chunk.samples:
+                continue
+            sequence.features = None
+            sequence.generated.append(sampled.token_ids[row])
+            if sampled.logprobs is not None:
+                sequence.logprobs.append(sampled.logprobs[row])
+            row += 1
+            self._finish_if_done(sequence)
+
+    def _finish_if_done(self, sequence: Sequence) -> None:
+        request, generated = sequence.request, sequence.generated
+        try:  # text is a row's own matter: a tokenizer that chokes on it takes no other row with it
+            if not self._stopper.finished(generated, request.sampling):
+                return
+            completion = complete(self.family, request, generated)
+        except Exception as error:
+            self._fail(sequence, row_error(error))
+            return
+        if request.sampling.logprobs:
+            completion = replace(completion, logprobs=tuple(sequence.logprobs))
+        self.scheduler.remove(sequence)
+        sequence.emit((sequence, completion))
+
+    def _fail(self, sequence: Sequence, error: RowError) -> None:
+        self.scheduler.remove(sequence)
+        self._emit(sequence, error)
+
+    def _emit(self, sequence: Sequence, error: RowError) -> None:
+        sequence.emit((sequence, Completion(sequence.request.key, (), None, "error", error)))
+
+    def _check(self, error: Exception) -> None:
+        if is_fatal(error):
+            raise error
+        if is_out_of_memory(error) and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _shrink_tiles(self) -> bool:
+        if self.runner.tiles <= 1:
+            return False
+        self.runner.tiles //= 2
+        log.warning("out of memory while encoding images: now %d tiles at once", self.runner.tiles)
+        return True
+
+    def _shrink_step(self, chunks: list[Chunk]) -> bool:
+        """After a step ran out of memory: fewer prompt tokens a step, then fewer sequences."""
+        limits = self.scheduler.limits
+        if (
+            any(chunk.length > _SMALLEST_CHUNK for chunk in chunks)
+            and limits.prefill_tokens > _SMALLEST_CHUNK
+        ):
+            limits = replace(limits, prefill_tokens=limits.prefill_tokens // 2)
+        elif len(chunks) > 1:
+            limits = replace(limits, sequences=max(1, min(limits.sequences, len(chunks)) // 2))
+        else:
+            return False
+        log.warning("out of memory in a step of %d sequences: now %s", len(chunks), limits)
+        self.scheduler.limits = limits
+        return True
+
+
+def _needs_features(chunk: Chunk) -> bool:
+    return chunk.sequence.features is None and chunk.start < chunk.sequence.prefix

@@ -1,0 +1,34 @@
+"""What an exception from the device means: no memory, no device any more, or one odd row.
+
+The one idea: out-of-memory and row errors are dealt with inside; only a lost device ends the engine, because after it
+every further call in the process fails.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from actors.errors import RowError
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """On any device: torch's CPU allocator raises a plain RuntimeError."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def is_fatal(error: BaseException) -> bool:
+    """Whether the device's context is lost, as after an illegal address or an ECC error."""
+    return isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error)
+
+
+def row_error(error: BaseException) -> RowError:
+    """The error of the one row that `error` comes from."""
+    if isinstance(error, RowError):
+        return error
+    return RowError("oom" if is_out_of_memory(error) else "generate", describe(error))
+
+
+def describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,217 @@
+"""Random-weight models of the real architectures, for benchmarks: real cost without the weights.
+
+The one idea: a size is a table of layer shapes. `mini` is small enough for two CPU cores and large enough that matrix
+products dominate; `0.5b` and `7b` have the layer shapes of the named checkpoints. Tokenizers are the toys': words do
+not matter here, since every row generates a given number of tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AriaConfig,
+    AriaForConditionalGeneration,
+    AyaVisionConfig,
+    AyaVisionForConditionalGeneration,
+    FuyuConfig,
+    FuyuForCausalLM,
+    GenerationConfig,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from actors.families import Family, load_family
+from examples.toy.vocabulary import CHAT_TEMPLATES, build_tokenizer
+
+FAMILIES = ("llava_onevision", "aya_vision", "aria", "fuyu")
+
+CLASSES: dict[str, type[PreTrainedModel]] = {
+    "llava_onevision": LlavaOnevisionForConditionalGeneration,
+    "aya_vision": AyaVisionForConditionalGeneration,
+    "aria": AriaForConditionalGeneration,
+    "fuyu": FuyuForCausalLM,
+}
+
+TEXT_CLASSES = {
+    "llava_onevision": "Qwen2ForCausalLM",
+    "aya_vision": "Cohere2ForCausalLM",
+    "aria": "AriaTextForCausalLM",
+    "fuyu": "PersimmonForCausalLM",
+}
+
+# hidden, intermediate, layers, heads, key-value heads, vocabulary
+TEXT: dict[tuple[str, str], tuple[int, int, int, int, int, int]] = {
+    ("toy", "llava_onevision"): (128, 352, 2, 4, 2, 512),
+    ("toy", "aya_vision"): (128, 352, 4, 4, 2, 512),
+    ("toy", "aria"): (128, 64, 2, 4, 4, 512),
+    ("toy", "fuyu"): (128, 512, 2, 4, 4, 512),
+    ("mini", "llava_onevision"): (512, 1408, 8, 8, 2, 32000),
+    ("mini", "aya_vision"): (512, 1408, 8, 8, 2, 32000),
+    ("mini", "aria"): (512, 256, 8, 8, 8, 32000),
+    ("mini", "fuyu"): (512, 2048, 8, 8, 8, 32000),
+    ("0.5b", "llava_onevision"): (896, 4864, 24, 14, 2, 151936),
+    ("7b", "llava_onevision"): (3584, 18944, 28, 28, 4, 152064),
+    ("7b", "aya_vision"): (4096, 14336, 32, 32, 8, 256000),
+    ("7b", "aria"): (2560, 1664, 28, 20, 20, 100352),
+    ("7b", "fuyu"): (4096, 16384, 36, 64, 64, 262144),
+}
+# hidden, intermediate, layers, heads
+VISION: dict[str, tuple[int, int, int, int]] = {
+    "toy": (64, 128, 1, 2),
+    "mini": (384, 1536, 6, 6),
+    "0.5b": (1152, 4304, 26, 16),
+    "7b": (1152, 4304, 26, 16),
+}
+# experts, of them active, shared
+EXPERTS = {"toy": (4, 2, 1), "mini": (16, 4, 2), "7b": (64, 6, 2)}
+SIDES = {  # tile side in pixels of small and real sizes
+    "llava_onevision": (224, 384),
+    "aya_vision": (224, 364),
+    "aria": (224, 980),
+}
+PATCH = 14
+PINPOINTS = [(rows, columns) for rows in range(1, 7) for columns in range(1, 7)]
+"""Grids of LLaVA-OneVision, in tiles."""
+
+
+def sizes_of(family: str) -> list[str]:
+    return [size for size, name in TEXT if name == family]
+
+
+def tile_side(family: str, size: str) -> int:
+    return SIDES[family][size not in ("toy", "mini")]
+
+
+def build(
+    family: str, size: str, folder: Path, dtype: torch.dtype, device: torch.device
+) -> tuple[Family, PreTrainedModel]:
+    """A checkpoint folder without weights, its family, and a model of fresh weights, the same each time."""
+    tokenizer = build_tokenizer(family)
+    config = model_config(family, size, tokenizer.get_vocab())
+    config.dtype = dtype
+    config.architectures = [CLASSES[family].__name__]  # as saved checkpoints name them; vLLM asks
+    config.get_text_config().architectures = [TEXT_CLASSES[family]]
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder)
+    config.save_pretrained(folder)
+    if family in CHAT_TEMPLATES:
+        (folder / "chat_template.jinja").write_text(CHAT_TEMPLATES[family])
+    (folder / "processor_config.json").write_text(json.dumps(processor_config(family, size)))
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # a 25B model must not be made in float32 first
+    try:
+        with device:
+            model = CLASSES[family](config)
+    finally:
+        torch.set_default_dtype(before)
+    # Nothing ends a row but its length: the cost of a row is then the same in every system.
+    model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=0)
+    loaded = load_family(str(folder))
+    loaded.eos_token_ids = frozenset()
+    return loaded, model.requires_grad_(False).eval()
+
+
+def model_config(family: str, size: str, ids: dict[str, int]) -> PreTrainedConfig:
+    hidden, intermediate, layers, heads, kv_heads, vocabulary = TEXT[size, family]
+    text: dict[str, Any] = {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 32768,
+        "head_dim": hidden // heads,
+        **{f"{name}_token_id": 0 for name in ("bos", "eos", "pad")},
+    }
+    if family == "fuyu":
+        del text["num_key_value_heads"], text["head_dim"]
+        text |= {"model_type": "persimmon", "qk_layernorm": True}
+        return FuyuConfig(text_config=text, patch_size=30, image_size=300, image_token_id=ids["|SPEAKER|"])
+    widths = VISION[size]
+    vision: dict[str, Any] = {
+        "hidden_size": widths[0],
+        "intermediate_size": widths[1],
+        "num_hidden_layers": widths[2],
+        "num_attention_heads": widths[3],
+    }
+    side = tile_side(family, size)
+    vision |= {
+        "image_size": side,
+        "patch_size": PATCH,
+        "model_type": "siglip_vision_model",
+        "vision_use_head": False,
+    }
+    if family == "llava_onevision":
+        return LlavaOnevisionConfig(
+            text_config={**text, "model_type": "qwen2"},
+            vision_config=vision,
+            image_token_index=ids["<image>"],
+            video_token_index=ids["<video>"],
+            image_grid_pinpoints=[[side * rows, side * columns] for rows, columns in PINPOINTS],
+            tie_word_embeddings=size == "0.5b",
+        )
+    if family == "aya_vision":
+        return AyaVisionConfig(
+            text_config={**text, "model_type": "cohere2", "sliding_window": 4096 if size == "7b" else 512},
+            vision_config=vision,
+            image_token_index=ids["<|IMG_PATCH|>"],
+            alignment_intermediate_size=36864 if size == "7b" else 4 * hidden,
+        )
+    experts, active, shared = EXPERTS[size]
+    text |= {"moe_num_experts": experts, "moe_topk": active, "moe_num_shared_experts": shared}
+    return AriaConfig(
+        text_config={**text, "model_type": "aria_text"},
+        vision_config={**vision, "model_type": "idefics3_vision"},
+        image_token_index=ids["<|img|>"],
+        projector_patch_to_query_dict={(side // PATCH) ** 2: 256, (side // 2 // PATCH) ** 2: 128},
+    )
+
+
+def processor_config(family: str, size: str) -> dict[str, Any]:
+    """`processor_config.json`, as transformers 5 saves it."""
+    image: dict[str, Any] = {
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+        "do_rescale": True,
+        "resample": 3,
+    }
+    if family == "fuyu":
+        names = {"processor_class": "FuyuProcessor"}
+        processor = {"image_processor_type": "FuyuImageProcessor", "size": {"height": 1080, "width": 1920}}
+        return {**names, "image_processor": {**processor, "patch_size": {"height": 30, "width": 30}}}
+    side = tile_side(family, size)
+    image["size"] = {"height": side, "width": side}
+    if family == "llava_onevision":
+        image["image_processor_type"] = "LlavaOnevisionImageProcessor"
+        image["image_grid_pinpoints"] = [[side * rows, side * columns] for rows, columns in PINPOINTS]
+        return {
+            "processor_class": "LlavaOnevisionProcessor",
+            "image_processor": image,
+            "video_processor": {
+                "video_processor_type": "LlavaOnevisionVideoProcessor",
+                "size": image["size"],
+            },
+            "num_image_tokens": (side // PATCH) ** 2,
+            "vision_feature_select_strategy": "full",
+            "vision_aspect_ratio": "anyres_max_9",
+        }
+    if family == "aya_vision":
+        image |= {"image_processor_type": "GotOcr2ImageProcessor", "min_patches": 1, "max_patches": 12}
+        names = {"processor_class": "AyaVisionProcessor"}
+        return {
+            **names,
+            "image_processor": image,
+            "patch_size": PATCH,
+            "img_size": side,
+            "downsample_factor": 2,
+        }
+    image |= {"image_processor_type": "AriaImageProcessor", "max_image_size": side, "split_image": False}
+    return {"processor_class": "AriaProcessor", "image_processor": image}
