@@ -125,7 +125,17 @@ def _family(family: str, options: argparse.Namespace, folder: Path) -> Iterator[
         measured = list(_measure(case, runs, options.rounds, CLOCKS[options.clock]))
         if options.vllm_python and family in VLLM_FAMILIES:
             threads = torch.get_num_threads()
-            measured.append(run_vllm(options.vllm_python, folder, case.rows, options.rounds, threads))
+            measured.append(
+                run_vllm(
+                    options.vllm_python,
+                    folder,
+                    case.rows,
+                    options.rounds,
+                    threads,
+                    options.clock,
+                    options.dtype,
+                )
+            )
         use = utilisation(engine, stock, case.rows, measure_rates(device, dtype)) if engine else {}
         yield from _results(case, measured, use)
 

@@ -38,6 +38,13 @@ CLASSES: dict[str, type[PreTrainedModel]] = {
     "fuyu": FuyuForCausalLM,
 }
 
+TEXT_CLASSES = {
+    "llava_onevision": "Qwen2ForCausalLM",
+    "aya_vision": "Cohere2ForCausalLM",
+    "aria": "AriaTextForCausalLM",
+    "fuyu": "PersimmonForCausalLM",
+}
+
 # hidden, intermediate, layers, heads, key-value heads, vocabulary
 TEXT: dict[tuple[str, str], tuple[int, int, int, int, int, int]] = {
     ("toy", "llava_onevision"): (128, 352, 2, 4, 2, 512),
@@ -88,6 +95,8 @@ def build(
     tokenizer = build_tokenizer(family)
     config = model_config(family, size, tokenizer.get_vocab())
     config.dtype = dtype
+    config.architectures = [CLASSES[family].__name__]  # as saved checkpoints name them; vLLM asks
+    config.get_text_config().architectures = [TEXT_CLASSES[family]]
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
     config.save_pretrained(folder)

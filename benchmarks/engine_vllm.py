@@ -9,8 +9,10 @@ nothing of ours.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,18 +22,31 @@ if TYPE_CHECKING:
     from actors.engine.types import Request
     from benchmarks.engine_systems import Measured
 
+_SITE = """
+import contextlib, torch
+library = torch.library.Library("torchvision", "FRAGMENT")
+for name in ("nms", "qnms"):
+    with contextlib.suppress(RuntimeError):
+        library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""
+# The index's torchvision belongs to CUDA builds of torch: on a CPU build its import misses two operators, in every
+# process that vLLM starts.
+
 VLLM_FAMILIES = ("llava_onevision", "aria")
 """What its current releases still serve."""
 
 
-def run_vllm(python: str, folder: Path, rows: Sequence[Request], rounds: int, threads: int) -> Measured:
+def run_vllm(
+    python: str, folder: Path, rows: Sequence[Request], rounds: int, threads: int, clock: str, dtype: str
+) -> Measured:
     """The fastest of `rounds` passes of vLLM over like rows. Raises RuntimeError with its last words."""
     from benchmarks.engine_systems import Measured
 
     job = {
         "model": str(folder),
         "rounds": rounds,
-        "threads": threads,
+        "clock": clock,
+        "dtype": dtype,
         "rows": [
             {
                 "sizes": [layout.size for layout in row.layouts],
@@ -41,12 +56,19 @@ def run_vllm(python: str, folder: Path, rows: Sequence[Request], rounds: int, th
             for row in rows
         ],
     }
-    done = subprocess.run(
-        [python, __file__], input=json.dumps(job), capture_output=True, text=True, check=False
-    )
+    with tempfile.TemporaryDirectory() as site:
+        (Path(site) / "sitecustomize.py").write_text(_SITE)
+        environment = {**os.environ, "PYTHONPATH": site, "OMP_NUM_THREADS": str(threads)}
+        environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # so that its CPU seconds can be read
+        command = [python, __file__]
+        done = subprocess.run(
+            command, input=json.dumps(job), capture_output=True, text=True, check=False, env=environment
+        )
     if done.returncode:
-        raise RuntimeError(f"vllm failed:\n{done.stderr[-2000:]}")
-    seconds = json.loads(done.stdout.strip().splitlines()[-1])["seconds"]
+        raise RuntimeError(f"vllm failed:\n{done.stderr[-3000:]}")
+    answer = next(line for line in reversed(done.stdout.splitlines()) if line.startswith('{"seconds"'))
+    seconds = json.loads(answer)["seconds"]
     return Measured("vllm", seconds, len(rows), sum(row.sampling.max_new_tokens for row in rows))
 
 
@@ -60,7 +82,7 @@ def _serve(job: dict[str, Any]) -> float:
     model = LLM(
         model=job["model"],
         load_format="dummy",
-        dtype="auto",
+        dtype=job["dtype"],  # "auto" would make 16 bits of 32
         max_model_len=4096,
         enable_prefix_caching=False,
         mm_processor_cache_gb=0,
@@ -86,10 +108,11 @@ def _serve(job: dict[str, Any]) -> float:
     ]
     model.generate(prompts[:2], rules[:2], use_tqdm=False)
     best = float("inf")
+    clock = time.process_time if job["clock"] == "cpu" else time.perf_counter
     for _ in range(job["rounds"]):
-        begin = time.perf_counter()
+        begin = clock()
         outputs = model.generate(prompts, rules, use_tqdm=False)
-        best = min(best, time.perf_counter() - begin)
+        best = min(best, clock() - begin)
         made = sum(len(output.outputs[0].token_ids) for output in outputs)
         if made != sum(row["new_tokens"] for row in job["rows"]):
             raise RuntimeError(f"vllm made {made} tokens")
@@ -97,9 +120,4 @@ def _serve(job: dict[str, Any]) -> float:
 
 
 if __name__ == "__main__":
-    task = json.loads(sys.stdin.read())
-    import os
-
-    os.environ["OMP_NUM_THREADS"] = str(task["threads"])
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-    print(json.dumps({"seconds": _serve(task)}))
+    print(json.dumps({"seconds": _serve(json.loads(sys.stdin.read()))}))

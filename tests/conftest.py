@@ -40,9 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
     """The URL of a running S3 server; the usual AWS variables point to it, here and in child processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = _free_port()
     endpoint = f"http://127.0.0.1:{port}"
     server = subprocess.Popen(
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
@@ -70,6 +68,12 @@ def s3_url(s3_endpoint: str) -> str:
         urllib.request.Request(f"{s3_endpoint}/{bucket}", method="PUT"), timeout=10
     ).close()
     return f"s3://{bucket}"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _wait_until_it_answers(endpoint: str, server: subprocess.Popen) -> None:
@@ -108,23 +112,28 @@ def ray_address(s3_endpoint: str) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of the dashboard of a running Ray head, where jobs are submitted."""
-    ports = []
-    for _ in range(2):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            ports.append(probe.getsockname()[1])
-    gcs, web = ports
-    command = [str(BIN / "ray"), "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={web}"]
-    command += ["--num-cpus=4", "--num-gpus=1", "--disable-usage-stats"]
+    ports = [_free_port() for _ in range(4)]  # of its own, all of them: another cluster may run beside it
+    names = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port")
+    command = [
+        str(BIN / "ray"),
+        "start",
+        "--head",
+        "--block",
+        "--num-cpus=4",
+        "--num-gpus=1",
+        "--disable-usage-stats",
+    ]
+    command += [f"--{name}={port}" for name, port in zip(names, ports, strict=True)]
     with (tmp_path_factory.mktemp("ray") / "log").open("w") as log:
         head = subprocess.Popen(
             command, env=ray_environment(), stdout=log, stderr=log, start_new_session=True
         )
-    address = f"http://127.0.0.1:{web}"
+    address = f"http://127.0.0.1:{ports[1]}"
+    deadline = time.monotonic() + 120
     try:
         # The dashboard answers before the node's agent, which starts jobs, does.
-        while ray("job", "submit", f"--address={address}", "--", "true").returncode:
-            assert head.poll() is None
+        while (tried := ray("job", "submit", f"--address={address}", "--", "true")).returncode:
+            assert head.poll() is None and time.monotonic() < deadline, tried.stderr
         yield address
     finally:
         os.killpg(head.pid, signal.SIGKILL)  # a graceful end takes half a minute

@@ -85,11 +85,6 @@ class DeviceLost(RuntimeError):
     engine gets it; the actor must end its process, so that another takes its place."""
 
 
-class DeviceLost(RuntimeError):
-    """The device failed for good (a CUDA fault): nothing can be computed in this process any more. Every caller of the
-    engine gets it; the actor must end its process, so that another takes its place."""
-
-
 class Engine(Protocol):
     """Generates for many requests; completions come as they finish. A request that fails becomes a completion
     with an error; an exception from `generate` means that the engine itself is broken."""
