@@ -1,7 +1,7 @@
 """Generate: a GPU actor that turns tiles and token ids into captions.
 
 It holds one replica of the model behind an engine. Rows that already failed pass through; a row that fails here
-becomes an error row; an exception that escapes means the replica is broken, and Ray replaces it.
+becomes an error row; an exception that escapes (a lost device) ends the job, which goes on when it is run again.
 """
 
 from __future__ import annotations

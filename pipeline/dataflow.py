@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 BLOCK_ROWS = 32  # rows of a block, hence of a journal part: a kill costs a few of these
 _BLOCKS_AT_ONCE = 4  # that feed one engine: it stays full while the last rows of a block finish
 _POLL_SECONDS = (
-    1.0  # between two looks at the journal, at least: looking never takes over a fifth of the time
+    1.0  # between two looks at the journal, at least: looking takes no more than a fifth of the time
 )
 
 
@@ -248,12 +248,9 @@ class _Run:
         self.id = time.strftime("%Y%m%dT%H%M%SZ-", time.gmtime()) + uuid.uuid4().hex[:6]
         self.before = plan
         self.began = time.monotonic()
-        self.first_row: float | None = None
 
     def progress(self, now: Plan) -> Progress:
         captioned = now.rows_done - self.before.rows_done
-        if captioned and self.first_row is None:
-            self.first_row = time.monotonic()
         return Progress(
             total=now.rows,
             done=now.rows_done,

@@ -25,7 +25,7 @@ class Progress:
 
     Attributes:
         done: Rows in the ledger, of `total`; `errors` of them carry one.
-        captioned: Rows that this run added, with `generated_tokens` tokens, in `seconds` since its first block.
+        captioned: Rows that this run added, with `generated_tokens` tokens, in `seconds` since it began, starting Ray included.
     """
 
     total: int
