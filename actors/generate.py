@@ -1,7 +1,7 @@
 """Generate: a GPU actor that turns tiles and token ids into captions.
 
 It holds one replica of the model behind an engine. Rows that already failed pass through; a row that fails here
-becomes an error row; an exception that escapes (a lost device) ends the job, which goes on when it is run again.
+becomes an error row. An exception that escapes, such as a lost device, ends the job; running it again goes on.
 """
 
 from __future__ import annotations

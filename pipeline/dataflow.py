@@ -40,9 +40,8 @@ if TYPE_CHECKING:
 
 BLOCK_ROWS = 32  # rows of a block, hence of a journal part: a kill costs a few of these
 _BLOCKS_AT_ONCE = 4  # that feed one engine: it stays full while the last rows of a block finish
-_POLL_SECONDS = (
-    1.0  # between two looks at the journal, at least: looking takes no more than a fifth of the time
-)
+# Between two looks at the journal, at least: looking takes no more than a fifth of the time.
+_POLL_SECONDS = 1.0
 
 
 def run(spec: JobSpec, show: Display) -> Outcome:
