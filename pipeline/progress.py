@@ -25,7 +25,7 @@ class Progress:
 
     Attributes:
         done: Rows in the ledger, of `total`; `errors` of them carry one.
-        captioned: Rows that this run added, with `generated_tokens` tokens, in `seconds` since it began, starting Ray included.
+        captioned: Rows that this run added, with `generated_tokens` tokens, in `seconds` (Ray's start included).
     """
 
     total: int
