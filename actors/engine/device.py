@@ -6,6 +6,8 @@ what keeps that kind of device busy.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 from dataclasses import dataclass
 
@@ -31,6 +33,9 @@ _CUDA_SHARE = 0.9
 _TILE_PIXELS = {"cpu": 4 * 384 * 384, "cuda": 64 * 384 * 384}
 
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
+
+
 @dataclass(frozen=True, slots=True)
 class Device:
     """A device made ready for a model."""
@@ -50,7 +55,7 @@ def prepare_device(
     limits = limits or (CUDA_LIMITS if kind == "cuda" else CPU_LIMITS)
     _, height, width = family.tile_shape
     tiles = max(1, _TILE_PIXELS[kind] // (height * width))
-    packed = pack_linears(model) if kind == "cpu" else 0
+    packed = _prepare_cpu(model) if kind == "cpu" else 0
     choose_experts(model, packs=packed > 0)
     if kv_tokens is None:
         fits = _cache_bytes(model, limits) // shape.bytes_per_token
@@ -58,9 +63,30 @@ def prepare_device(
     if kind == "cuda":
         return Device(PagedCache(shape, kv_tokens, model.device), limits, tiles)
     group = model.config.get_text_config().num_attention_heads // shape.heads
-    use_image_attention(model)
     kernel = attention_kernel(shape.heads, group, shape.head_dim, shape.dtype)
     return Device(CpuCache(shape, kv_tokens, kernel), limits, tiles)
+
+
+def _prepare_cpu(model: PreTrainedModel) -> int:
+    """Re-arranges the layers of `model`; returns how many linear ones are packed."""
+    _keep_freed_memory()
+    use_image_attention(model)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            # Patches then come out one after the other, [tiles, patches, D] without gaps. Otherwise every layer of the
+            # tower adds to and normalises a transposed view.
+            module.to(memory_format=torch.channels_last)
+    return pack_linears(model)
+
+
+def _keep_freed_memory() -> None:
+    """Lets glibc keep what a step frees for the next one, up to a gigabyte: given back and asked for again, every page of
+    it would be a page fault, which took a quarter of a long prompt's feed-forward blocks."""
+    with contextlib.suppress(OSError, AttributeError):  # no glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most it takes
+        mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+        mallopt(_M_ARENA_MAX, 1)  # the arenas of other threads give back whatever is empty, thresholds or not
 
 
 def _cache_bytes(model: PreTrainedModel, limits: Limits) -> int:
