@@ -94,7 +94,7 @@ class ContinuousEngine:
                 sequence.cancelled = True
 
     def _sequence(self, request: Request, finished: SimpleQueue) -> Sequence:
-        placeholders = np.flatnonzero(np.asarray(request.token_ids) == self.family.image_token_id)
+        placeholders = self.family.placeholders(np.asarray(request.token_ids))
         sequence = Sequence(request, emit=finished.put, placeholders=placeholders)
         if len(placeholders):
             sequence.prefix = int(placeholders[-1]) + 1

@@ -174,9 +174,9 @@ SCHEMA = pa.schema(
 
 def test_needed_and_kept_columns() -> None:
     assert kept_columns(spec_of(), SCHEMA) == ("id", "title", "n")
-    assert needed_columns(spec_of(), SCHEMA) == ("image", "id", "title", "n")
-    assert needed_columns(spec_of(keep=["id"], template="{title}"), SCHEMA) == ("image", "title", "id")
-    assert needed_columns(spec_of(keep=[], prompt="title"), SCHEMA) == ("image", "title")
+    assert needed_columns(spec_of(), SCHEMA) == ("id", "title", "n")
+    assert needed_columns(spec_of(keep=["id"], template="{title}"), SCHEMA) == ("title", "id")
+    assert needed_columns(spec_of(keep=[], prompt="title"), SCHEMA) == ("title",)
     assert kept_columns(spec_of(keep=["image", "id"]), SCHEMA) == ("image", "id")
 
 

@@ -9,7 +9,7 @@ from pipeline.columns import job_schema
 from pipeline.rows import RowSet
 from pipeline.shards import discover
 from pipeline.source import ShardSource, ShardWork, read_shard
-from pipeline.spec import parse_spec
+from pipeline.spec import InputSpec, parse_spec
 
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -24,9 +24,10 @@ def write(folder, table: pa.Table, name="a.parquet", row_group_size=10):
     return shard
 
 
-def read(shard, rows=None, columns=("id",)) -> list[dict]:
+def read(shard, rows=None, columns=("id",), **fields) -> list[dict]:
+    spec = InputSpec(path=shard.root, **fields)
     work = ShardWork(shard, RowSet.span(shard.rows) if rows is None else RowSet.of(rows))
-    return [row for table in read_shard(work, "image", columns) for row in table.to_pylist()]
+    return [row for table in read_shard(work, spec, columns) for row in table.to_pylist()]
 
 
 @pytest.mark.parametrize("rows", [range(35), [0], [9, 10], [34], range(3, 31, 7), []])
@@ -110,7 +111,7 @@ def test_a_task_a_shard_with_kept_columns_of_one_type(tmp_path):
     spec = parse_spec({"input": {"path": str(tmp_path)}, "model": {"path": "m"}, "output": {"path": "o"}})
     shards = discover(spec.input)
     kept = job_schema(spec, shards)
-    source = ShardSource([ShardWork(shard, RowSet.span(1)) for shard in shards], "image", ["tag"], kept)
+    source = ShardSource([ShardWork(shard, RowSet.span(1)) for shard in shards], spec.input, ["tag"], kept)
     tasks = source.get_read_tasks(parallelism=200)
     assert [task.metadata.num_rows for task in tasks] == [1, 1]
     blocks = [block for task in tasks for block in task()]
