@@ -54,8 +54,8 @@ def check_columns(spec: JobSpec, schema: pa.Schema, shard: str = "the input") ->
     if spec.input.image is not None:
         if spec.input.video is not None and spec.input.image not in schema.names:
             raise InputError(
-                f"input.image: {shard} has no column {spec.input.image!r}; set input.image to null for rows "
-                "that have videos alone"
+                f"input.image: {shard} has no column {spec.input.image!r}; "
+                f"{_available(spec.input.image, schema)}; set input.image to null where rows have videos alone"
             )
         image = find(spec.input.image, "input.image")
         if not _is_image(image):

@@ -77,8 +77,8 @@ class Subject:
         ids = self.family.prompt(messages, layouts)
         order = self.family.appearance(ids, layouts)
         none = np.zeros((0, *self.family.tile_shape), np.uint8)
-        pixels = np.concatenate([none, *(tiles[index] for index in order)])
-        return Request(key, ids, pixels, tuple(layouts[index] for index in order), row.sampling)
+        ordered = np.concatenate([none, *(tiles[index] for index in order)])
+        return Request(key, ids, ordered, tuple(layouts[index] for index in order), row.sampling)
 
     def expected(self, row: Row) -> Completion:
         """What the reference engine makes of a row; remembered, because tests ask for the same rows often."""
