@@ -120,8 +120,8 @@ class _Section(BaseModel):
 class InputSpec(_Section):
     """Where rows come from. `path`: file, folder (recursive), glob, or a list of them; any fsspec URL.
 
-    `image` names a column of bytes, of {bytes, path} structs (Hugging Face Image) or of lists of either; null
-    or an empty list is a text-only row; null names none. `video` names a column of lists of encoded frames, in
+    `image` names a column of bytes, of {bytes, path} structs (Hugging Face Image) or of lists of either; an
+    empty list is a text-only row. Null names no column. `video` names a column of lists of encoded frames, in
     time order: each list is a video, of which `max_frames` frames, evenly spaced, are used at most; null or an
     empty list is a row without one. `prompt` names a column that holds each row's prompt: text, or a chat
     as a list of {role, content} messages (several turns). `keep` names the columns copied to the output.

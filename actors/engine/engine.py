@@ -182,9 +182,7 @@ class ContinuousEngine:
     def _enter(self, sequence: Sequence) -> None:
         expected = sum(layout.tokens for layout in sequence.request.layouts)
         if len(sequence.placeholders) != expected:
-            message = (
-                f"the prompt has {len(sequence.placeholders)} image placeholders for {expected} features"
-            )
+            message = f"the prompt has {len(sequence.placeholders)} placeholders for {expected} features"
             self._fail(sequence, RowError("prompt", message))
         elif not sequence.prompt_length:
             self._fail(sequence, RowError("prompt", "the prompt is empty"))

@@ -4,7 +4,8 @@ The one idea: a family turns (image sizes, messages) into integers before any pi
 `layout` is the only place where token arithmetic exists; tiling, prompts, admission and planning use it.
 
 To add a family: subclass `Family`, give `image_defaults`, `placeholder`, `layout`, `tile`, `model_inputs`
-and `embed_images`, and register it in `actors/families/__init__.py`.
+and `embed_images`, and register it in `actors/families/__init__.py`. One that takes videos gives
+`video_token_id`, `video_placeholder`, `check_videos`, `layout_video` and `tile_frame` as well.
 """
 
 from abc import ABC, abstractmethod
@@ -183,7 +184,7 @@ class Family(ABC):
     @property
     def reserved(self) -> tuple[str, ...]:
         """Strings that users' text must not contain, because they would be taken for an image or video."""
-        return (self.placeholder,)
+        return tuple(string for string in (self.placeholder, self.video_placeholder) if string)
 
     def prompt(self, messages: Sequence[Message], layouts: Sequence[ImageLayout]) -> NDArray[np.int32]:
         """Messages and their pictures' layouts -> int32 `[L]` prompt ids; images and videos fill the slots of

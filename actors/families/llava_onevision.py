@@ -109,10 +109,6 @@ class LlavaOnevision(Family):
         side = vision.image_size // vision.patch_size
         self._frame_tokens = math.ceil(side / 2) ** 2
 
-    @property
-    def reserved(self) -> tuple[str, ...]:
-        return (self.placeholder, self.video_placeholder or "")
-
     def check_videos(self) -> None:
         config = self.video_config
         if not config.get("do_resize", True) or config.get("do_center_crop", False):
