@@ -1,33 +1,35 @@
-"""The CPU's cache and attention: plain slices of one arena, one scaled dot product a sequence, or the compiled kernel.
+"""The CPU's cache and attention: plain slices of one arena, attended to by the compiled kernel or torch's.
 
 The one idea: a sequence's keys lie in one contiguous run, so its attention reads exactly its live tokens, without
-masks, copies or repeated heads: the G query heads that share a key head are G "queries" of one small product. The
-arena's memory is not touched, and so costs nothing, until tokens are written to it.
+padding, copies or repeated heads. The arena's memory is not touched, and so costs nothing, until tokens are written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from actors.engine.attention import window_mask
-from actors.engine.decode_kernel import DecodeKernel
+from actors.engine.cpu_kernels import AttentionKernel, attention_kernel
 from actors.engine.kv_cache import KVShape, Run, RunAllocator
 from actors.engine.scheduler import Chunk
 
-_BLOCK = 64
-"""Queries at a time in short prompts and sliding windows: larger blocks compute more scores only to mask them."""
-_SHORT = 1024
-"""Prompt tokens up to which blocks win: the kernel's own causal mode skips keys by the 512 (measured)."""
+_IMAGE_ATTENTION = "tessera_images"
+_BLOCK = 256
+"""Queries at a time under torch's kernel, where a mask is needed: it bounds the mask's size."""
 
 
 class CpuCache:
     """Keys and values of all layers, each [layers, heads, capacity, head_dim]."""
 
-    def __init__(self, shape: KVShape, capacity: int, kernel: DecodeKernel | None = None) -> None:
+    def __init__(self, shape: KVShape, capacity: int, kernel: AttentionKernel | None = None) -> None:
         size = (shape.layers, shape.heads, capacity, shape.head_dim)
         self.keys = torch.empty(size, dtype=shape.dtype)
         self.values = torch.empty(size, dtype=shape.dtype)
@@ -103,7 +105,7 @@ class CpuStep:
             spans = self.spans
             if window is not None:
                 spans = [(max(start, end - window), end) for start, end in spans]
-            return self.cache.kernel(query.transpose(0, 1), keys[0], values[0], spans, scaling)[None]
+            return self.cache.kernel.decode(query.transpose(0, 1), keys[0], values[0], spans, scaling)[None]
         shared = keys.shape[1]
         grouped = query.transpose(0, 1).reshape(rows, shared, heads // shared, width)
         outputs = []
@@ -122,20 +124,21 @@ class CpuStep:
     ) -> Tensor:
         """query [1, H, n, d] of one sequence's next n tokens -> [1, n, H, d]."""
         start = chunk.sequence.reservation.start
+        if self.cache.kernel is not None:
+            at = slice(start, start + chunk.end)
+            return self.cache.kernel.attend(
+                query, keys[:, :, at], values[:, :, at], scaling, past=chunk.start, window=window
+            )
         shares = query.shape[1] != keys.shape[1]
-        if window is not None and chunk.end <= window:
-            window = None
-        blocks_pay = chunk.length <= _SHORT and query.shape[1] >= 2 * torch.get_num_threads()
-        if window is None and chunk.start == 0 and not blocks_pay:
+        if chunk.start == 0 and (window is None or chunk.end <= window):
             at = slice(start, start + chunk.end)
             attended = F.scaled_dot_product_attention(
                 query, keys[:, :, at], values[:, :, at], is_causal=True, scale=scaling, enable_gqa=shares
             )
             return attended.transpose(1, 2)
-        block = chunk.length if window is None and not blocks_pay else _BLOCK
         outputs = []
-        for begin in range(chunk.start, chunk.end, block):
-            end = min(begin + block, chunk.end)
+        for begin in range(chunk.start, chunk.end, _BLOCK):
+            end = min(begin + _BLOCK, chunk.end)
             low = 0 if window is None else max(0, begin - window + 1)
             attended = F.scaled_dot_product_attention(
                 query[:, :, begin - chunk.start : end - chunk.start],
@@ -154,3 +157,31 @@ class CpuStep:
         if key not in self._masks:
             self._masks[key] = window_mask(queries, past, window, dtype, torch.device("cpu"))
         return self._masks[key]
+
+
+def use_image_attention(model: PreTrainedModel) -> None:
+    """Makes the vision tower of a CPU model, where it has one, attend through the compiled kernel."""
+    if getattr(model.config, "vision_config", None) is None:
+        return
+    AttentionInterface.register(_IMAGE_ATTENTION, _attend_images)
+    AttentionMaskInterface.register(_IMAGE_ATTENTION, sdpa_mask)
+    model.set_attn_implementation({"vision_config": _IMAGE_ATTENTION})
+
+
+def _attend_images(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """query, key and value [tiles, H, N, d] -> [tiles, N, H, d]; every patch of a tile sees every other."""
+    kernel = attention_kernel(query.shape[1], 1, query.shape[3], query.dtype)
+    if kernel is None or attention_mask is not None or key.shape[1] != query.shape[1]:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **others
+        )
+    return kernel.attend(query, key, value, scaling), None

@@ -13,8 +13,8 @@ import torch
 from transformers import PreTrainedModel
 
 from actors.engine.attention import Cache
-from actors.engine.cpu import CpuCache
-from actors.engine.decode_kernel import decode_kernel
+from actors.engine.cpu import CpuCache, use_image_attention
+from actors.engine.cpu_kernels import attention_kernel
 from actors.engine.kv_cache import KVShape
 from actors.engine.packed_experts import choose_experts
 from actors.engine.packed_linear import pack_linears
@@ -22,7 +22,7 @@ from actors.engine.paged import PagedCache
 from actors.engine.scheduler import Limits
 from actors.families.base import Family
 
-CPU_LIMITS = Limits(sequences=32, prefill_tokens=2048, visual_tokens=16384)
+CPU_LIMITS = Limits(sequences=64, prefill_tokens=2048, visual_tokens=16384)
 CUDA_LIMITS = Limits(sequences=256, prefill_tokens=8192, visual_tokens=65536)
 _CPU_SHARE = 0.25
 """Of the memory that is available: a CPU machine runs more than the engine."""
@@ -58,7 +58,8 @@ def prepare_device(
     if kind == "cuda":
         return Device(PagedCache(shape, kv_tokens, model.device), limits, tiles)
     group = model.config.get_text_config().num_attention_heads // shape.heads
-    kernel = decode_kernel(shape.heads, group, shape.head_dim, shape.dtype)
+    use_image_attention(model)
+    kernel = attention_kernel(shape.heads, group, shape.head_dim, shape.dtype)
     return Device(CpuCache(shape, kv_tokens, kernel), limits, tiles)
 
 

@@ -8,6 +8,7 @@ interface, so the model's own layers stay as they are.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -69,7 +70,12 @@ def _forward(experts: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weig
         if len(rows):
             gate, up = linear(rows, gate_up, None, "none", [], "").chunk(2, dim=-1)
             outputs.append(linear(experts.act_fn(gate) * up, down, None, "none", [], ""))  # type: ignore[operator]
-    # Back to one row a (token, choice), then the weighted sum of a token's choices.
-    unsorted = hidden.new_empty(len(order), hidden.shape[1])
-    unsorted[order] = torch.cat(outputs)
-    return torch.bmm(top_k_weights[:, None].to(hidden.dtype), unsorted.view(tokens, chosen, -1))[:, 0]
+    # The weighted sum of a token's choices, gathered from where the experts left them.
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order))
+    return F.embedding_bag(
+        places.view(tokens, chosen),
+        torch.cat(outputs),
+        mode="sum",
+        per_sample_weights=top_k_weights.to(hidden.dtype),
+    )

@@ -1,0 +1,122 @@
+"""Attention on a CPU in C (`cpu_attention.c`): decoding tokens of all sequences in one call, and whole prompts.
+
+The one idea: torch's kernels are made for any shape; compiled for one shape by the machine's own compiler, in a second,
+the same arithmetic reads a cache three times as fast for one query and runs 2.5 times as fast for many (one Zen 5
+core). Without a compiler, or in another dtype, `scaled_dot_product_attention` does the same work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import subprocess
+import tempfile
+from collections.abc import Sequence as Seq
+from functools import cache
+from pathlib import Path
+from shutil import which
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+_SOURCE = Path(__file__).with_name("cpu_attention.c")
+_UNBOUNDED = 2**62
+_POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+
+
+class AttentionKernel:
+    """The compiled functions, for float32 and `heads` key heads of `dim`, each shared by `group` query heads."""
+
+    def __init__(self, heads: int, group: int, dim: int) -> None:
+        library = _compile(heads, group, dim)
+        self._decode, self._attend = library.decode, library.attend
+        self._decode.argtypes = [*[_POINTER] * 6, _LONG, _LONG, _FLOAT]
+        self._attend.argtypes = [*[_POINTER] * 5, *[_LONG] * 5, _FLOAT]
+        self._decode.restype = self._attend.restype = None
+
+    def decode(
+        self, query: Tensor, keys: Tensor, values: Tensor, spans: Seq[tuple[int, int]], scale: float
+    ) -> Tensor:
+        """query [R, heads * group, dim], keys and values [heads, capacity, dim], where row r attends to places
+        [start, end) = spans[r] -> [R, heads * group, dim]."""
+        query = query.contiguous()
+        out = torch.empty_like(query)
+        rows = len(spans)
+        places = ctypes.c_long * rows
+        starts, ends = zip(*spans, strict=True)
+        self._decode(
+            query.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            out.data_ptr(),
+            places(*starts),
+            places(*ends),
+            rows,
+            keys.shape[1],
+            scale,
+        )
+        return out
+
+    def attend(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scale: float,
+        past: int | None = None,
+        window: int | None = None,
+    ) -> Tensor:
+        """query [B, heads * group, n, dim], keys and values [B, heads, L, dim] -> [B, n, heads * group, dim].
+
+        With `past`, causal: query i stands at position past + i and sees what is not after it, the `window` last of
+        it if given. Without, every query sees every key. Only the last dimension need be contiguous.
+        """
+        batch, heads, queries, dim = query.shape
+        out = query.new_empty(batch, queries, heads, dim)
+        seen = out.transpose(1, 2)
+        strides = [stride for each in (query, keys, values, seen) for stride in each.stride()[:3]]
+        self._attend(
+            query.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            out.data_ptr(),
+            (ctypes.c_long * 12)(*strides),
+            batch,
+            queries,
+            keys.shape[2],
+            -1 if past is None else past,
+            _UNBOUNDED if window is None else window,
+            scale,
+        )
+        return out
+
+
+@cache
+def attention_kernel(heads: int, group: int, dim: int, dtype: torch.dtype) -> AttentionKernel | None:
+    """The kernel for a shape, or None where it cannot be had."""
+    if dtype != torch.float32 or which("cc") is None:
+        return None
+    try:
+        return AttentionKernel(heads, group, dim)
+    except (OSError, subprocess.CalledProcessError, AttributeError, StopIteration) as error:
+        log.info("no compiled attention: %s", error)
+        return None
+
+
+def _compile(heads: int, group: int, dim: int) -> ctypes.CDLL:
+    # torch's own OpenMP: a second one would bring threads that fight with torch's for the same cores.
+    openmp = next(Path(torch.__file__).parent.glob("lib/libgomp*.so*"))
+    # Not -ffast-math: it would change how the whole process treats tiny numbers.
+    flags = ["-O3", "-march=native", "-fopenmp"]
+    flags += ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"]
+    shape = [f"-DHEADS={heads}", f"-DGROUP={group}", f"-DDIM={dim}"]
+    with tempfile.TemporaryDirectory() as folder:
+        built, library = f"{folder}/attention.o", f"{folder}/attention.so"
+        for command in (
+            ["cc", *flags, *shape, "-fPIC", "-c", str(_SOURCE), "-o", built],
+            ["cc", "-shared", built, str(openmp), "-lm", "-o", library],
+        ):
+            subprocess.run(command, check=True, capture_output=True)
+        return ctypes.CDLL(library)
