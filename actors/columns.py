@@ -12,9 +12,10 @@ SHARD, ROW, FINGERPRINT = "_shard", "_row", "_fingerprint"
 IDENTITY = (SHARD, ROW, FINGERPRINT)
 
 IMAGES = "_images"  # list<large_binary>: the encoded files, as read
+VIDEO = "_video"  # list<large_binary>: the encoded frames of the row's video, as read; empty: it has none
 TOKEN_IDS = "_token_ids"  # list<int32>
 PIXELS = "_pixels"  # large_binary: uint8 [sum of tiles, *tile_shape] in C order
-SIZES = "_sizes"  # list<list<int32>>: (height, width) of each decoded image
+SIZES = "_sizes"  # list<list<int32>>: (height, width) of each image, (frames, height, width) of a video
 ERROR = "error"
 
 ERROR_TYPE = pa.struct([("kind", pa.string()), ("stage", pa.string()), ("message", pa.string())])

@@ -63,7 +63,7 @@ class Generate:
             rows[index] = _result(
                 completion,
                 prompt_tokens=len(ids),
-                image_tokens=int((ids == self.family.image_token_id).sum()),
+                image_tokens=len(self.family.placeholders(ids)),
             )
         kept = block.select([*self.config.keep, *IDENTITY])
         results = pa.Table.from_pylist(rows, RESULT_SCHEMA)
@@ -73,7 +73,7 @@ class Generate:
         for index in range(block.num_rows):
             if block[ERROR][index].is_valid:
                 continue
-            layouts = self.family.layout([tuple(size) for size in block[SIZES][index].as_py()])
+            layouts = self.family.row_layouts([tuple(size) for size in block[SIZES][index].as_py()])
             pixels = np.frombuffer(block[PIXELS][index].as_buffer(), np.uint8)
             seed = row_seed(self.config.sampling.seed, block[SHARD][index].as_py(), block[ROW][index].as_py())
             yield Request(

@@ -23,11 +23,13 @@ from actors.columns import (
     PIXELS,
     SIZES,
     TOKEN_IDS,
+    VIDEO,
     error_value,
 )
 from actors.errors import RowError
 from actors.families import load_family
-from actors.families.base import Message, image_slots, text_message
+from actors.families.base import Size, VideoSize
+from actors.families.messages import Kind, Message, slots, text_message
 from actors.images.decode import decode
 
 
@@ -64,7 +66,13 @@ class PreprocessConfig:
 class _Prepared:
     token_ids: np.ndarray
     pixels: np.ndarray
-    sizes: list[tuple[int, int]]
+    sizes: list[Size | VideoSize]
+
+
+@dataclass(frozen=True, slots=True)
+class _Video:
+    tiles: torch.Tensor
+    size: VideoSize
 
 
 class Preprocess:
@@ -79,14 +87,14 @@ class Preprocess:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         values = {name: block[name].to_pylist() for name in self.config.prompt_columns}
-        images, errors = block[IMAGES], block[ERROR].to_pylist()
+        images, videos, errors = block[IMAGES], block[VIDEO], block[ERROR].to_pylist()
         rows: list[_Prepared | None] = []
         for index in range(block.num_rows):
             prepared = None
             if errors[index] is None:
                 row = {name: column[index] for name, column in values.items()}
                 try:
-                    prepared = self._prepare([image.as_buffer() for image in images[index]], row)
+                    prepared = self._prepare(_buffers(images[index]), _buffers(videos[index]), row)
                 except RowError as error:
                     errors[index] = error_value(error.kind, "preprocess", error.message)
                 except (
@@ -96,12 +104,17 @@ class Preprocess:
             rows.append(prepared)
         return self._assemble(block, rows, errors)
 
-    def _prepare(self, images: Sequence[pa.Buffer], row: Mapping[str, Any]) -> _Prepared:
+    def _prepare(
+        self, images: Sequence[pa.Buffer], frames: Sequence[pa.Buffer], row: Mapping[str, Any]
+    ) -> _Prepared:
         # The prompt first: it is cheap, and a row without one is not worth decoding.
-        messages = self._messages(row, len(images))
+        messages = self._messages(row, len(images), 1 if frames else 0)
         pictures = [decode(image.to_pybytes(), self.config.max_pixels) for image in images]
-        sizes = [(picture.shape[1], picture.shape[2]) for picture in pictures]
-        layouts = self.family.layout(sizes)
+        sizes: list[Size | VideoSize] = [(picture.shape[1], picture.shape[2]) for picture in pictures]
+        video = self._video(frames) if frames else None
+        if video is not None:
+            sizes.append(video.size)
+        layouts = self.family.row_layouts(sizes)
         token_ids = self.family.prompt(messages, layouts)
         room = self.family.max_positions
         if len(token_ids) + self.config.max_new_tokens > room:
@@ -110,11 +123,30 @@ class Preprocess:
                 f"{len(token_ids)} prompt tokens and max_new_tokens={self.config.max_new_tokens} exceed the "
                 f"model's {room} positions",
             )
-        tiles = [self.family.tile(picture, layout) for picture, layout in zip(pictures, layouts, strict=True)]
-        pixels = torch.cat(tiles).numpy() if tiles else np.empty((0, *self.family.tile_shape), np.uint8)
-        return _Prepared(token_ids, pixels, sizes)
+        tiles = [self.family.tile(*pair) for pair in zip(pictures, layouts, strict=False)]
+        if video is not None:
+            tiles.append(video.tiles)
+        order = self.family.appearance(token_ids, layouts)
+        pixels = np.empty((0, *self.family.tile_shape), np.uint8)
+        if tiles:
+            pixels = torch.cat([tiles[index] for index in order]).numpy()
+        return _Prepared(token_ids, pixels, [sizes[index] for index in order])
 
-    def _messages(self, row: Mapping[str, Any], images: int) -> list[Message]:
+    def _video(self, frames: Sequence[pa.Buffer]) -> _Video:
+        tiles: list[torch.Tensor] = []
+        size: Size | None = None
+        for number, frame in enumerate(frames, start=1):
+            try:
+                picture = decode(frame.to_pybytes(), self.config.max_pixels)
+            except RowError as error:
+                message = f"frame {number} of the video's {len(frames)}: {error.message}"
+                raise RowError(error.kind, message) from error
+            size = size or (picture.shape[1], picture.shape[2])
+            tiles.append(self.family.tile_frame(picture))  # at once: a tile is small, a frame need not be
+        assert size is not None
+        return _Video(torch.stack(tiles), (len(tiles), *size))
+
+    def _messages(self, row: Mapping[str, Any], images: int, videos: int) -> list[Message]:
         column = self.config.prompt_column
         prompt = row[column] if column else self._fill_template(row)
         if isinstance(prompt, str):
@@ -124,8 +156,10 @@ class Preprocess:
         messages = [_message(turn) for turn in prompt]
         if self.config.system is not None:
             messages.insert(0, text_message("system", self.config.system))
-        if images and not image_slots(messages):
-            _place_images(messages, images)
+        counts: tuple[tuple[Kind, int], ...] = (("video", videos), ("image", images))
+        for kind, count in counts:
+            if count and not slots(messages, kind):
+                _place(messages, kind, count)
         return messages
 
     def _fill_template(self, row: Mapping[str, Any]) -> str:
@@ -153,11 +187,14 @@ def _message(turn: Any) -> Message:
     return {"role": turn["role"], "content": parts}
 
 
-def _place_images(messages: list[Message], images: int) -> None:
-    """Puts the row's images before the first user turn's text, where no turn says its own places."""
+def _place(messages: list[Message], kind: Kind, count: int) -> None:
+    """Puts the row's pictures of a kind before the first user turn's text, where no turn says their places."""
     for index, message in enumerate(messages):
         if message["role"] == "user":
-            slots = [{"type": "image"}] * images
-            messages[index] = {**message, "content": [*slots, *message["content"]]}
+            messages[index] = {**message, "content": [*[{"type": kind}] * count, *message["content"]]}
             return
-    raise RowError("prompt", "the chat has images but no user turn to show them in")
+    raise RowError("prompt", f"the chat has {kind}s but no user turn to show them in")
+
+
+def _buffers(cell: pa.ListScalar) -> list[pa.Buffer]:
+    return [item.as_buffer() for item in cell] if cell.is_valid else []

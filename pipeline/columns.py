@@ -14,12 +14,12 @@ from collections.abc import Iterable, Sequence
 import pyarrow as pa
 import pyarrow.types as pt
 
-from actors.columns import IDENTITY, IMAGES, PIXELS, RESULT_SCHEMA, SIZES, TOKEN_IDS
+from actors.columns import IDENTITY, IMAGES, PIXELS, RESULT_SCHEMA, SIZES, TOKEN_IDS, VIDEO
 from pipeline.shards import InputError, Shard
 from pipeline.spec import JobSpec
 
 # A kept column may not have one of these names: the output, or a stage on the way, needs it for itself.
-RESERVED_COLUMNS = (*IDENTITY, *RESULT_SCHEMA.names, IMAGES, TOKEN_IDS, PIXELS, SIZES)
+RESERVED_COLUMNS = (*IDENTITY, *RESULT_SCHEMA.names, IMAGES, VIDEO, TOKEN_IDS, PIXELS, SIZES)
 
 
 def sealed_schema(kept: pa.Schema) -> pa.Schema:
@@ -31,13 +31,14 @@ def kept_columns(spec: JobSpec, schema: pa.Schema) -> tuple[str, ...]:
     """Columns copied to the output: `input.keep`, or else all but image data, in the file's order."""
     if spec.input.keep is not None:
         return spec.input.keep
-    return tuple(f.name for f in schema if f.name != spec.input.image and not _is_image_struct(f.type))
+    pictures = (spec.input.image, spec.input.video)
+    return tuple(f.name for f in schema if f.name not in pictures and not _is_image_struct(f.type))
 
 
 def needed_columns(spec: JobSpec, schema: pa.Schema) -> tuple[str, ...]:
-    """Columns the source must read: image, prompt or template fields, and kept ones; each once."""
+    """Columns that travel beside the pictures: prompt or template fields, and kept ones; each once."""
     prompt = spec.prompt.fields if spec.input.prompt is None else (spec.input.prompt,)
-    return tuple(dict.fromkeys((spec.input.image, *prompt, *kept_columns(spec, schema))))
+    return tuple(dict.fromkeys((*prompt, *kept_columns(spec, schema))))
 
 
 def check_columns(spec: JobSpec, schema: pa.Schema, shard: str = "the input") -> None:
@@ -50,14 +51,27 @@ def check_columns(spec: JobSpec, schema: pa.Schema, shard: str = "the input") ->
             raise InputError(f"{field}: {shard} has the column {name!r} twice; rename one of them")
         return schema.field(name).type
 
-    image = find(spec.input.image, "input.image")
-    if not _is_image(image):
-        others = [repr(f.name) for f in schema if _is_image(f.type)]
-        raise InputError(
-            f"input.image: column {spec.input.image!r} of {shard} holds {image}, not images; it must hold "
-            "bytes, {bytes, path} structs or lists of either"
-            + (f"; columns that do: {', '.join(others)}" if others else "")
-        )
+    if spec.input.image is not None:
+        if spec.input.video is not None and spec.input.image not in schema.names:
+            raise InputError(
+                f"input.image: {shard} has no column {spec.input.image!r}; "
+                f"{_available(spec.input.image, schema)}; set input.image to null where rows have videos alone"
+            )
+        image = find(spec.input.image, "input.image")
+        if not _is_image(image):
+            others = [repr(f.name) for f in schema if _is_image(f.type)]
+            raise InputError(
+                f"input.image: column {spec.input.image!r} of {shard} holds {image}, not images; it must hold "
+                "bytes, {bytes, path} structs or lists of either"
+                + (f"; columns that do: {', '.join(others)}" if others else "")
+            )
+    if spec.input.video is not None:
+        video = find(spec.input.video, "input.video")
+        if not _is_list(video) or not _is_image(video):
+            raise InputError(
+                f"input.video: column {spec.input.video!r} of {shard} holds {video}, not frames; it must hold a "
+                "list of encoded frames a row (bytes or {bytes, path} structs); video files are not decoded"
+            )
     if spec.input.prompt is not None:
         prompt = find(spec.input.prompt, "input.prompt")
         if not _is_text(prompt) and not _is_chat(prompt):

@@ -106,7 +106,7 @@ def dataset(spec: JobSpec, plan: Plan, kept: pa.Schema) -> ray.data.Dataset:
     from pipeline.source import ShardSource, ShardWork
 
     work = [ShardWork(state.shard, state.remaining) for state in plan.to_caption]
-    source = ShardSource(work, spec.input.image, needed_columns(spec, work[0].shard.schema), kept)
+    source = ShardSource(work, spec.input, needed_columns(spec, work[0].shard.schema), kept)
     preprocess, generate = spec.resources.preprocess, spec.resources.generate
     return (
         ray.data.read_datasource(source, num_cpus=IO_TASK_CPUS, override_num_blocks=len(work))
@@ -190,10 +190,14 @@ def _check_checkpoint(spec: JobSpec) -> None:
     """Reads the checkpoint's configuration here first: a wrong path is told before a cluster is kept waiting."""
     from actors.families import CheckpointError, load_family
 
+    field = "model.path"
     try:
-        load_family(_model_path(spec), spec.model.revision)
+        family = load_family(_model_path(spec), spec.model.revision)
+        if spec.input.video is not None:
+            field = "input.video"
+            family.check_videos()
     except CheckpointError as error:
-        raise JobError(f"model.path: {error}") from None
+        raise JobError(f"{field}: {error}") from None
 
 
 def _preprocess_config(spec: JobSpec, kept: pa.Schema) -> Any:

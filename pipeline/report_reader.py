@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from actors.columns import IMAGES, ROW
+from actors.columns import IMAGES, ROW, VIDEO
 from pipeline.report import Card, ErrorGroup, RowError, Section, Stats
 from pipeline.rows import RowSet
 from pipeline.shards import Shard, discover, output_name
@@ -174,7 +174,7 @@ def _with_input(spec: JobSpec, chosen: Iterable[_Seen]) -> Iterator[Card]:
     for group in by_shard.values():
         shard = group[0].shard
         work = ShardWork(shard, RowSet.of(seen.row for seen in group) & RowSet.span(shard.rows))
-        tables = read_shard(work, spec.input.image, columns)
+        tables = read_shard(work, spec.input, columns)
         rows = {row[ROW]: row for table in tables for row in table.to_pylist()}
         for seen in group:
             source = rows.get(seen.row)
@@ -183,8 +183,9 @@ def _with_input(spec: JobSpec, chosen: Iterable[_Seen]) -> Iterator[Card]:
 
 def _shown(spec: JobSpec, card: Card, source: Mapping[str, Any]) -> Card:
     prompt = source[spec.input.prompt] if spec.input.prompt else spec.prompt.template.format_map(source)
-    images = source[IMAGES]
-    return replace(card, images=(None,) if images is None else tuple(images), prompt=_text(prompt))
+    images, frames = source[IMAGES], source[VIDEO]
+    pictures = (None,) if images is None or frames is None else (*images, *frames)
+    return replace(card, images=pictures, prompt=_text(prompt))
 
 
 def _text(prompt: Any) -> str | None:

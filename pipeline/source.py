@@ -5,8 +5,9 @@ file, so a resumed job would read (and starve its GPUs on) what is already done.
 skips row groups with nothing left to do, and streams small batches, so that its memory does not depend on the
 shard's size.
 
-Blocks leave with the user's needed columns, the row's identity, and every accepted form of the image column
-turned into one: `_images`, a list of encoded files (see actors/columns.py).
+Blocks leave with the user's needed columns, the row's identity, and every accepted form of the image and video
+columns turned into one: `_images` and `_video`, lists of encoded files (see actors/columns.py). Frames beyond
+`input.max_frames` are left out here, before they are fetched or take part in anything.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ import pyarrow.parquet as pq
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from actors.columns import ERROR, ERROR_TYPE, FINGERPRINT, IMAGES, ROW, SHARD, error_value
+from actors.columns import ERROR, ERROR_TYPE, FINGERPRINT, IMAGES, ROW, SHARD, VIDEO, error_value
 from pipeline.rows import RowSet
 from pipeline.shards import Shard
+from pipeline.spec import InputSpec
 from pipeline.storage import Storage, open_filesystem
 
 READ_ROWS = (
@@ -49,10 +51,10 @@ class ShardSource(Datasource):
     """
 
     def __init__(
-        self, work: Sequence[ShardWork], image: str, columns: Sequence[str], kept: pa.Schema
+        self, work: Sequence[ShardWork], spec: InputSpec, columns: Sequence[str], kept: pa.Schema
     ) -> None:
         super().__init__()
-        self.work, self.image, self.columns, self.kept = list(work), image, list(columns), kept
+        self.work, self.spec, self.columns, self.kept = list(work), spec, list(columns), kept
 
     def get_name(self) -> str:
         return "Shards"
@@ -66,26 +68,27 @@ class ShardSource(Datasource):
         return [self._task(item) for item in self.work]
 
     def _task(self, item: ShardWork) -> ReadTask:
-        image, columns, kept = (
-            self.image,
+        spec, columns, kept = (
+            self.spec,
             self.columns,
             self.kept,
         )  # not `self`: a task carries one shard only
         metadata = BlockMetadata(
             num_rows=len(item.rows), size_bytes=item.shard.size, input_files=[item.shard.url], exec_stats=None
         )
-        return ReadTask(lambda: read_shard(item, image, columns, kept), metadata)
+        return ReadTask(lambda: read_shard(item, spec, columns, kept), metadata)
 
 
 def read_shard(
-    work: ShardWork, image: str, columns: Sequence[str], kept: pa.Schema | None = None
+    work: ShardWork, spec: InputSpec, columns: Sequence[str], kept: pa.Schema | None = None
 ) -> Iterator[pa.Table]:
     """The remaining rows of a shard, in order, in tables of at most `READ_ROWS` rows."""
     filesystem, path = open_filesystem(work.shard.url)
     beside = Storage(work.shard.root)  # the input's root, for images given by path
     with filesystem.open(path, "rb") as file:
         parquet = pq.ParquetFile(file, buffer_size=_BUFFER)
-        wanted = list(dict.fromkeys([image, *columns]))
+        pictures = [name for name in (spec.image, spec.video) if name is not None]
+        wanted = list(dict.fromkeys([*pictures, *columns]))
         start = 0
         for group in range(parquet.metadata.num_row_groups):
             stop = start + parquet.metadata.row_group(group).num_rows
@@ -97,51 +100,77 @@ def read_shard(
                         for field in kept or ():
                             index = table.schema.get_field_index(field.name)
                             table = table.set_column(index, field, table[field.name].cast(field.type))
-                        yield _block(table, work.shard, rows, image, columns, beside)
+                        yield _block(table, work.shard, rows, spec, columns, beside)
                     start += batch.num_rows
             start = stop
 
 
 def _block(
-    table: pa.Table, shard: Shard, rows: Sequence[int], image: str, columns: Sequence[str], beside: Storage
+    table: pa.Table,
+    shard: Shard,
+    rows: Sequence[int],
+    spec: InputSpec,
+    columns: Sequence[str],
+    beside: Storage,
 ) -> pa.Table:
-    images, errors = _read_images(table[image], shard, beside)
     count = table.num_rows
+    images = table[spec.image].to_pylist() if spec.image else [[]] * count
+    videos = table[spec.video].to_pylist() if spec.video else [[]] * count
+    given = [
+        # A null is no image only beside a video; alone it is one that is missing.
+        ([] if image is None and video else _items(image), _spread(video or [], spec.max_frames))
+        for image, video in zip(images, videos, strict=True)
+    ]
+    pictures, errors = _read(given, shard, beside)
     block = {name: table[name] for name in columns}
     block[SHARD] = pa.array([shard.name] * count, pa.string())
     block[ROW] = pa.array(rows, pa.int64())
     block[FINGERPRINT] = pa.array([shard.fingerprint] * count, pa.string())
-    block[IMAGES] = pa.array(images, pa.list_(pa.large_binary()))
+    for index, name in enumerate((IMAGES, VIDEO)):
+        block[name] = pa.array([row and row[index] for row in pictures], pa.list_(pa.large_binary()))
     block[ERROR] = pa.array(errors, ERROR_TYPE)
     return pa.table(block)
 
 
 class _Unreadable(Exception):
-    """An image of a row that has no bytes: the row's error value."""
+    """A picture that has no bytes; it becomes its row's error."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
-        self.value = error_value(kind, "read", message)
+        self.kind, self.message = kind, message
 
 
-def _read_images(
-    column: pa.ChunkedArray, shard: Shard, beside: Storage
-) -> tuple[list[list[bytes] | None], list[dict[str, str] | None]]:
-    """The encoded images of each row, or None with an error value for the row."""
-    cells = column.to_pylist()
-    by_path = any(_is_path(item) for cell in cells for item in _items(cell))
+_Pictures = tuple[list[Any], list[Any]]
+"""A row's images and the frames of its video: as given, or their bytes."""
+
+
+def _read(
+    rows: Sequence[_Pictures], shard: Shard, beside: Storage
+) -> tuple[list[_Pictures | None], list[dict[str, str] | None]]:
+    """The encoded pictures of each row, or None with an error value for the row."""
+    by_path = any(_is_path(item) for row in rows for items in row for item in items)
     with ThreadPoolExecutor(_FETCHES if by_path else 1) as pool:
 
-        def read(cell: Any) -> list[bytes] | _Unreadable:
+        def read(row: _Pictures) -> _Pictures | _Unreadable:
             try:
-                return [_encoded(item, shard, beside) for item in _items(cell)]
+                return [_encoded(item, shard, beside) for item in row[0]], _frames(row[1], shard, beside)
             except _Unreadable as error:
                 return error
 
-        results = list(pool.map(read, cells)) if by_path else [read(cell) for cell in cells]
-    images = [None if isinstance(result, _Unreadable) else result for result in results]
-    errors = [result.value if isinstance(result, _Unreadable) else None for result in results]
-    return images, errors
+        results = list(pool.map(read, rows)) if by_path else [read(row) for row in rows]
+    pictures = [None if isinstance(result, _Unreadable) else result for result in results]
+    errors = [
+        error_value(result.kind, "read", result.message) if isinstance(result, _Unreadable) else None
+        for result in results
+    ]
+    return pictures, errors
+
+
+def _spread(frames: list[Any], count: int) -> list[Any]:
+    """At most `count` of a video's frames, evenly spaced from the first on, as the stock processor samples."""
+    if len(frames) <= count:
+        return frames
+    return [frames[index * len(frames) // count] for index in range(count)]
 
 
 def _items(cell: Any) -> list[Any]:
@@ -160,6 +189,17 @@ def _encoded(item: Any, shard: Shard, beside: Storage) -> bytes:
     if data is None:
         raise _Unreadable("decode", "there is no image: the cell is null")
     return bytes(data)
+
+
+def _frames(items: list[Any], shard: Shard, beside: Storage) -> list[bytes]:
+    frames: list[bytes] = []
+    for item in items:
+        try:
+            frames.append(_encoded(item, shard, beside))
+        except _Unreadable as error:
+            message = f"frame {len(frames) + 1} of the video's {len(items)}: {error.message}"
+            raise _Unreadable(error.kind, message) from None
+    return frames
 
 
 def _fetch(path: str, shard: Shard, beside: Storage) -> bytes:

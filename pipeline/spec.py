@@ -120,13 +120,17 @@ class _Section(BaseModel):
 class InputSpec(_Section):
     """Where rows come from. `path`: file, folder (recursive), glob, or a list of them; any fsspec URL.
 
-    `image` names a column of bytes, of {bytes, path} structs (Hugging Face Image) or of lists of either; null
-    or an empty list is a text-only row. `prompt` names a column that holds each row's prompt: text, or a chat
+    `image` names a column of bytes, of {bytes, path} structs (Hugging Face Image) or of lists of either; an
+    empty list is a text-only row. Null names no column. `video` names a column of lists of encoded frames, in
+    time order: each list is a video, of which `max_frames` frames, evenly spaced, are used at most; null or an
+    empty list is a row without one. `prompt` names a column that holds each row's prompt: text, or a chat
     as a list of {role, content} messages (several turns). `keep` names the columns copied to the output.
     """
 
     path: Urls
-    image: str = "image"
+    image: str | None = "image"
+    video: str | None = None
+    max_frames: Count = Field(default=32, ge=1)
     prompt: str | None = None
     keep: Names | None = None
 
@@ -215,7 +219,8 @@ class JobSpec(_Section):
         resources, name or output: those may change between the runs of one output.
         """
         flat = spec_errors.flatten(self.model_dump(mode="json"))
-        chosen = ("input.image", "input.prompt", "input.keep", "model.path", "model.revision", "model.dtype")
+        inputs = ("input.image", "input.video", "input.max_frames", "input.prompt", "input.keep")
+        chosen = (*inputs, "model.path", "model.revision", "model.dtype")
         return {
             name: value
             for name, value in flat.items()

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 from PIL import Image
 
-from actors.columns import ERROR, ERROR_TYPE, FINGERPRINT, IMAGES, ROW, SHARD
+from actors.columns import ERROR, ERROR_TYPE, FINGERPRINT, IMAGES, ROW, SHARD, VIDEO
 from actors.engine import Sampling
 from actors.generate import GenerateConfig
 from actors.preprocess import PreprocessConfig
@@ -23,9 +23,10 @@ def picture(width: int = 60, height: int = 50, color: str = "red") -> bytes:
 def source_block(
     images: Sequence[Sequence[bytes] | None],
     errors: Sequence[dict[str, str] | None] | None = None,
+    videos: Sequence[Sequence[bytes] | None] | None = None,
     **columns: Any,
 ) -> pa.Table:
-    """What the source gives Preprocess: images of each row, and user columns by name."""
+    """What the source gives Preprocess: images and frames of each row, and user columns by name."""
     count = len(images)
     return pa.table(
         {
@@ -34,6 +35,7 @@ def source_block(
             ROW: pa.array(range(count), pa.int64()),
             FINGERPRINT: pa.array(["f"] * count),
             IMAGES: pa.array(images, pa.list_(pa.large_binary())),
+            VIDEO: pa.array(videos or [[]] * count, pa.list_(pa.large_binary())),
             ERROR: pa.array(errors or [None] * count, ERROR_TYPE),
         }
     )

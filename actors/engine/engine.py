@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from actors.engine.attention import use_packed_attention
+from actors.engine.checkpoint_rules import CheckpointRules
 from actors.engine.device import prepare_device
 from actors.engine.failures import describe, is_fatal, is_out_of_memory, row_error
 from actors.engine.model_runner import ModelRunner
@@ -39,7 +40,8 @@ _SMALLEST_CHUNK = 128
 class ContinuousEngine:
     """Generates for many requests at once, on the model's device and in its dtype. The model belongs to the engine.
 
-    `limits` and `kv_tokens` (tokens of cache) are derived from the device unless given.
+    `limits` and `kv_tokens` (tokens of cache) are derived from the device unless given. Raises CheckpointError where
+    the checkpoint's generation config asks for what this engine cannot do.
     """
 
     def __init__(
@@ -50,10 +52,12 @@ class ContinuousEngine:
         kv_tokens: int | None = None,
     ) -> None:
         self.family = family
+        vocabulary = model.config.get_text_config().vocab_size
+        self.rules = CheckpointRules.of(model.generation_config, family.eos_token_ids, vocabulary)
         use_packed_attention(model)
         device = prepare_device(model.eval(), family, limits, kv_tokens)
         self.cache = device.cache
-        self.runner = ModelRunner(family, model, device)
+        self.runner = ModelRunner(family, model, device, self.rules)
         self.scheduler = Scheduler(device.limits, self._reserve, device.cache.release)
         self._stopper = Stopper(family)
         self._incoming: list[Sequence] = []
@@ -94,7 +98,14 @@ class ContinuousEngine:
                 sequence.cancelled = True
 
     def _sequence(self, request: Request, finished: SimpleQueue) -> Sequence:
-        placeholders = np.flatnonzero(np.asarray(request.token_ids) == self.family.image_token_id)
+        if self.rules.unsupported_sampling and request.sampling.temperature > 0:
+            fields = ", ".join(self.rules.unsupported_sampling)
+            message = (
+                f"the checkpoint's generation_config.json sets {fields}, which only model.engine: reference applies "
+                "to sampled text"
+            )
+            raise RowError("generate", message)
+        placeholders = self.family.placeholders(np.asarray(request.token_ids))
         sequence = Sequence(request, emit=finished.put, placeholders=placeholders)
         if len(placeholders):
             sequence.prefix = int(placeholders[-1]) + 1
@@ -171,9 +182,7 @@ class ContinuousEngine:
     def _enter(self, sequence: Sequence) -> None:
         expected = sum(layout.tokens for layout in sequence.request.layouts)
         if len(sequence.placeholders) != expected:
-            message = (
-                f"the prompt has {len(sequence.placeholders)} image placeholders for {expected} features"
-            )
+            message = f"the prompt has {len(sequence.placeholders)} placeholders for {expected} features"
             self._fail(sequence, RowError("prompt", message))
         elif not sequence.prompt_length:
             self._fail(sequence, RowError("prompt", "the prompt is empty"))

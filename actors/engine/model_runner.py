@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from actors.engine.attention import Pass, Step, packed_forward
+from actors.engine.checkpoint_rules import CheckpointRules
 from actors.engine.device import Device
 from actors.engine.graphs import DecodeGraphs
 from actors.engine.paged import PagedCache, upload
@@ -33,9 +34,11 @@ class _Image:
 class ModelRunner:
     """The model of one family over one cache. Calls are to be made in inference mode, by one thread at a time."""
 
-    def __init__(self, family: Family, model: PreTrainedModel, device: Device) -> None:
+    def __init__(
+        self, family: Family, model: PreTrainedModel, device: Device, rules: CheckpointRules
+    ) -> None:
         self.family, self.model, self.cache = family, model, device.cache
-        self.device = model.device
+        self.device, self.rules = model.device, rules
         self.tiles = device.tiles
         """Tiles encoded at once; a larger image is encoded alone."""
         self._embed = model.get_input_embeddings()
@@ -68,7 +71,7 @@ class ModelRunner:
         if self._graphs is not None and all(chunk.start >= chunk.sequence.prompt_length for chunk in chunks):
             logits = self._graphs(chunks, [chunk.sequence.generated[-1] for chunk in chunks])
             if logits is not None:
-                return sample(logits, [chunk.sequence for chunk in sampling])
+                return sample(logits, [chunk.sequence for chunk in sampling], self.rules)
         ids = np.concatenate([_token_ids(chunk) for chunk in chunks])
         positions = np.concatenate([np.arange(chunk.start, chunk.end) for chunk in chunks])
         embeds = self._embed(self._upload(ids))
@@ -82,7 +85,7 @@ class ModelRunner:
         )
         if not sampling:
             return Sampled([], None)
-        return sample(self.model.lm_head(hidden), [chunk.sequence for chunk in sampling])
+        return sample(self.model.lm_head(hidden), [chunk.sequence for chunk in sampling], self.rules)
 
     def _decode(self, ids: Tensor, positions: Tensor, step: Step) -> Tensor:
         """A step of decoding tokens alone: [B], [B] -> logits [B, V]."""

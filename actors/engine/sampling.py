@@ -3,7 +3,7 @@
 The one idea: a row's draw depends on its logits, its seed and how many tokens it has, nothing else. The random
 number comes from a counter-based hash of (seed, index), and picks a token by the inverse of the row's cumulative
 distribution; so a text is the same whatever its neighbours in the batch. Order of operations is transformers':
-repetition penalty, temperature, top-k, top-p.
+repetition penalty, what the checkpoint forbids, temperature, top-k, top-p.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from actors.engine.checkpoint_rules import CheckpointRules
 from actors.engine.scheduler import Sequence
 from actors.engine.types import Sampling
 
@@ -29,11 +30,11 @@ class Sampled(NamedTuple):
     logprobs: list[float] | None
 
 
-def sample(logits: Tensor, sequences: Seq[Sequence]) -> Sampled:
+def sample(logits: Tensor, sequences: Seq[Sequence], rules: CheckpointRules) -> Sampled:
     """logits [R, V], one row a sequence -> its next token. One copy to the host."""
     rows = [sequence.request.sampling for sequence in sequences]
     logits = logits.float()
-    scores = _penalize(logits, sequences, rows)
+    scores = rules.apply(_penalize(logits, sequences, rows), sequences)
     chosen = scores.argmax(dim=-1)
     # Rows that truncate draw in another order than rows that do not: each kind by itself, or a row's number would pick
     # another token beside other neighbours.

@@ -49,7 +49,7 @@ class Request:
         key: The caller's name for it.
         token_ids: int32 [L], placeholder ids spliced in.
         pixels: uint8 [sum of tiles, *family.tile_shape]; no tiles for text alone.
-        layouts: One a picture, in the order of the placeholders.
+        layouts: One a picture (image or video), in the order of the placeholders.
     """
 
     key: Hashable

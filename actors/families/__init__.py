@@ -6,16 +6,9 @@ The one idea: config.json's model_type names the family; a family's module is im
 import importlib
 from typing import TYPE_CHECKING
 
-from actors.families.base import (
-    Family,
-    ImageLayout,
-    Message,
-    PromptError,
-    image_slots,
-    text_message,
-    user_message,
-)
+from actors.families.base import Family, ImageLayout, PromptError
 from actors.families.checkpoint import CheckpointError, read_checkpoint, read_model_type
+from actors.families.messages import Message, text_message, user_message
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +29,6 @@ __all__ = [
     "ImageLayout",
     "Message",
     "PromptError",
-    "image_slots",
     "load_family",
     "load_model",
     "text_message",

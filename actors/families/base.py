@@ -4,7 +4,8 @@ The one idea: a family turns (image sizes, messages) into integers before any pi
 `layout` is the only place where token arithmetic exists; tiling, prompts, admission and planning use it.
 
 To add a family: subclass `Family`, give `image_defaults`, `placeholder`, `layout`, `tile`, `model_inputs`
-and `embed_images`, and register it in `actors/families/__init__.py`.
+and `embed_images`, and register it in `actors/families/__init__.py`. One that takes videos gives
+`video_token_id`, `video_placeholder`, `check_videos`, `layout_video` and `tile_frame` as well.
 """
 
 from abc import ABC, abstractmethod
@@ -21,12 +22,13 @@ from transformers import PreTrainedModel
 
 from actors.errors import RowError
 from actors.families.checkpoint import Checkpoint, CheckpointError
+from actors.families.messages import Kind, Message, parts, slots, texts
 from actors.images.normalize import PixelTable
 
-Message = Mapping[str, Any]
-"""{"role": str, "content": [{"type": "image"} | {"type": "text", "text": str}, ...]}"""
 Size = tuple[int, int]
 """(height, width) in pixels."""
+VideoSize = tuple[int, int, int]
+"""(frames, height, width) of a video; height and width of its first frame."""
 
 
 class PromptError(RowError):
@@ -41,16 +43,23 @@ class PromptError(RowError):
 
 @dataclass(frozen=True, slots=True)
 class ImageLayout:
-    """How one image is cut and what it costs; integers only, known from the image's size alone."""
+    """How one picture is cut and what it costs; integers only, known from its size alone."""
 
     size: Size
-    """(height, width) of the decoded image."""
+    """(height, width) of the decoded image, or of a video's first frame."""
     grid: tuple[int, int]
     """Rows and columns of tiles; each family documents what (0, 0) and (1, 1) mean to it."""
     tiles: int
-    """Leading dimension of `Family.tile`'s result."""
+    """Leading dimension of `Family.tile`'s result; of a video its frames, a tile each."""
     tokens: int
-    """Placeholder ids in the prompt == features of the image."""
+    """Placeholder ids in the prompt == features of the picture."""
+    frames: int = 0
+    """Frames of a video; 0 for an image."""
+
+    @property
+    def kind(self) -> Kind:
+        """The message slot that the picture fills."""
+        return "video" if self.frames else "image"
 
 
 class Family(ABC):
@@ -65,12 +74,16 @@ class Family(ABC):
     """(3, h, w) of every tile."""
     image_token_id: int
     """The id that holds an image feature's place."""
+    video_token_id: int | None = None
+    """The id that holds a video feature's place; None for a family that takes no videos."""
     eos_token_ids: frozenset[int]
     """Ids that end a caption."""
     max_positions: int
     """Prompt and caption together fit in this many positions of the text model."""
     placeholder: str
     """What the chat template writes for one image."""
+    video_placeholder: str | None = None
+    """What the chat template writes for one video."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.path = checkpoint.path
@@ -78,7 +91,6 @@ class Family(ABC):
         self.chat_template = checkpoint.chat_template
         self.eos_token_ids = checkpoint.eos_token_ids
         self.image_token_id = int(checkpoint.config.image_token_id)
-        self.max_positions = int(checkpoint.config.get_text_config().max_position_embeddings)
         self.max_positions = int(checkpoint.config.get_text_config().max_position_embeddings)
         """Tokens that prompt and caption may have together."""
         given = {key: value for key, value in checkpoint.image_processor.items() if value is not None}
@@ -115,15 +127,54 @@ class Family(ABC):
     def embed_images(
         self, model: PreTrainedModel, pixels: Tensor, layouts: Sequence[ImageLayout]
     ) -> list[Tensor]:
-        """Encode images, of one row or of many: one `[tokens, D]` tensor per image, in order.
+        """Encode pictures, of one row or of many: one `[tokens, D]` tensor each, in order.
 
-        `pixels` as in `model_inputs`. Raises ValueError naming the image whose feature count is not its
+        `pixels` as in `model_inputs`. Raises ValueError naming the picture whose feature count is not its
         `layout.tokens`.
         """
 
+    def check_videos(self) -> None:
+        """Raises CheckpointError, saying why, unless rows of this checkpoint may have videos."""
+        raise CheckpointError(f"{self.path}: {self.name} takes no videos; LLaVA-OneVision does")
+
+    def layout_video(self, size: VideoSize) -> ImageLayout:
+        """Lay out one video. Asked only of a family that passes `check_videos`."""
+        raise NotImplementedError
+
+    def tile_frame(self, frame: Tensor) -> Tensor:
+        """Make the one tile of a video's frame: uint8 `[3, H, W]` -> uint8 `[*tile_shape]`, on the CPU."""
+        raise NotImplementedError
+
+    def row_layouts(self, sizes: Sequence[Size | VideoSize]) -> tuple[ImageLayout, ...]:
+        """The layouts of ONE row's pictures, images and videos in any order; raises as `layout` does."""
+        images = iter(self.layout([(size[0], size[1]) for size in sizes if len(size) == 2]))
+        return tuple(self.layout_video(size) if len(size) == 3 else next(images) for size in sizes)
+
     def image_ids(self, layout: ImageLayout) -> NDArray[np.int32]:
-        """Ids that stand in the prompt for one image: its placeholders and any markers among them."""
-        return np.full(layout.tokens, self.image_token_id, dtype=np.int32)
+        """Ids that stand in the prompt for one picture: its placeholders and any markers among them."""
+        token = self.video_token_id if layout.frames else self.image_token_id
+        return np.full(layout.tokens, token, dtype=np.int32)
+
+    def placeholders(self, ids: NDArray[np.int32]) -> NDArray[np.int64]:
+        """Where in a prompt features go, of images and videos: int64 `[P]`, ascending."""
+        found = ids == self.image_token_id
+        if self.video_token_id is not None:
+            found |= ids == self.video_token_id
+        return np.flatnonzero(found)
+
+    def appearance(self, ids: NDArray[np.int32], layouts: Sequence[ImageLayout]) -> list[int]:
+        """Indices of `layouts` in the order in which `prompt` put them into `ids`.
+
+        A chat template may move images before videos whatever the message says, so only the ids know.
+        """
+        tokens: dict[Kind, int | None] = {"image": self.image_token_id, "video": self.video_token_id}
+        places = {kind: np.flatnonzero(ids == token) for kind, token in tokens.items()}
+        passed: dict[Kind, int] = {"image": 0, "video": 0}
+        first: list[int] = []
+        for layout in layouts:
+            first.append(int(places[layout.kind][passed[layout.kind]]))
+            passed[layout.kind] += layout.tokens
+        return sorted(range(len(layouts)), key=first.__getitem__)
 
     @property
     def anchor(self) -> str:
@@ -133,27 +184,28 @@ class Family(ABC):
     @property
     def reserved(self) -> tuple[str, ...]:
         """Strings that users' text must not contain, because they would be taken for an image or video."""
-        return (self.placeholder,)
+        return tuple(string for string in (self.placeholder, self.video_placeholder) if string)
 
     def prompt(self, messages: Sequence[Message], layouts: Sequence[ImageLayout]) -> NDArray[np.int32]:
-        """Messages and their images' layouts, in order of appearance -> int32 `[L]` prompt ids.
+        """Messages and their pictures' layouts -> int32 `[L]` prompt ids; images and videos fill the slots of
+        their kind, each in order.
 
         The chat is rendered and tokenised once, unexpanded; image ids are then spliced in. The result equals
         the stock `processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)`.
         Raises PromptError.
         """
-        self._check(messages, len(layouts))
+        self._check(messages, layouts)
         text = self.render(messages)
-        if text.count(self.placeholder) != len(layouts):
-            raise PromptError(
-                f"the rendered chat holds {self.placeholder!r} {text.count(self.placeholder)} times "
-                f"for {len(layouts)} images"
-            )
+        for kind, count in _counts(layouts):
+            string = self.placeholder if kind == "image" else self.video_placeholder
+            found = 0 if string is None else text.count(string)
+            if found != count:
+                raise PromptError(f"the rendered chat holds {string!r} {found} times for {count} {kind}s")
         ids = self.tokenize(text.replace(self.placeholder, self.anchor))
         return self.splice(ids, layouts)
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The chat as text, one `placeholder` an image, open for the assistant's answer."""
+        """The chat as text, one placeholder a picture, open for the assistant's answer."""
         if self.chat_template is None:
             raise CheckpointError(
                 f"{self.path}: the checkpoint has no chat template "
@@ -178,16 +230,20 @@ class Family(ABC):
         return np.asarray(ids, dtype=np.int32)
 
     def splice(self, ids: NDArray[np.int32], layouts: Sequence[ImageLayout]) -> NDArray[np.int32]:
-        """Replace the i-th `image_token_id` of `ids` by `image_ids(layouts[i])`."""
-        places = np.flatnonzero(ids == self.image_token_id)
-        if len(places) != len(layouts):
-            raise PromptError(f"the text makes {len(places)} image placeholders for {len(layouts)} images")
-        parts: list[NDArray[np.int32]] = []
+        """Replace the i-th placeholder of each kind in `ids` by the `image_ids` of its i-th layout."""
+        for kind, count in _counts(layouts):
+            found = int((ids == (self.image_token_id if kind == "image" else self.video_token_id)).sum())
+            if found != count:
+                raise PromptError(f"the text makes {found} {kind} placeholders for {count} {kind}s")
+        images = iter([layout for layout in layouts if not layout.frames])
+        videos = iter([layout for layout in layouts if layout.frames])
+        spliced: list[NDArray[np.int32]] = []
         start = 0
-        for place, layout in zip(places, layouts, strict=True):
-            parts += [ids[start:place], self.image_ids(layout)]
+        for place in self.placeholders(ids):
+            layout = next(videos if ids[place] == self.video_token_id else images)
+            spliced += [ids[start:place], self.image_ids(layout)]
             start = int(place) + 1
-        return np.concatenate([*parts, ids[start:]])
+        return np.concatenate([*spliced, ids[start:]])
 
     def decode(self, token_ids: Sequence[int] | NDArray[np.int32]) -> str:
         """Generated ids -> caption text, special tokens skipped."""
@@ -208,26 +264,37 @@ class Family(ABC):
                 f"but config.json's image token is {self.image_token_id}"
             )
 
-    def _check(self, messages: Sequence[Message], images: int) -> None:
+    def _check(self, messages: Sequence[Message], layouts: Sequence[ImageLayout]) -> None:
         if not messages:
             raise PromptError("there are no messages")
-        for part in (part for message in messages for part in _parts(message)):
-            if part.get("type") != "image" and not isinstance(part.get("text"), str):
-                raise PromptError(f"a message holds images and texts, not {str(part)[:200]}")
-        if image_slots(messages) != images:
-            raise PromptError(f"the messages have {image_slots(messages)} image slots for {images} images")
+        kinds = ("image",) if self.video_token_id is None else ("image", "video")
+        for part in (part for message in messages for part in parts(message)):
+            if part.get("type") not in kinds and not isinstance(part.get("text"), str):
+                held = "s, ".join(kinds)
+                raise PromptError(f"a message holds {held}s and texts, not {str(part)[:200]}")
+        for kind, count in _counts(layouts):
+            if slots(messages, kind) != count:
+                raise PromptError(
+                    f"the messages have {slots(messages, kind)} {kind} slots for {count} {kind}s"
+                )
         for text in texts(messages):
             for string in self.reserved:
                 if string in text:
                     raise PromptError(f"the text contains {string!r}, which is a placeholder to this model")
 
 
+def _counts(layouts: Sequence[ImageLayout]) -> list[tuple[Kind, int]]:
+    """How many pictures of each kind there are."""
+    videos = sum(layout.frames > 0 for layout in layouts)
+    return [("image", len(layouts) - videos), ("video", videos)]
+
+
 def check_features(features: Sequence[Tensor], layouts: Sequence[ImageLayout]) -> list[Tensor]:
-    """`features`, once each image's count is its layout's `tokens`; else ValueError naming the image."""
+    """`features`, once each picture's count is its layout's `tokens`; else ValueError naming the picture."""
     for index, (feature, layout) in enumerate(zip(features, layouts, strict=True)):
         if feature.shape[0] != layout.tokens:
             raise ValueError(
-                f"image {index} ({layout.size[0]} x {layout.size[1]}) has {feature.shape[0]} features for "
+                f"{layout.kind} {index} ({layout.size[0]} x {layout.size[1]}) has {feature.shape[0]} features for "
                 f"{layout.tokens} placeholder tokens: processor config and model config disagree"
             )
     return list(features)
@@ -238,30 +305,3 @@ def vision_dtype(model: PreTrainedModel) -> torch.dtype:
     inner = getattr(model, "model", model)
     tower = getattr(inner, "vision_tower", None)
     return next((model if tower is None else tower).parameters()).dtype
-
-
-def user_message(text: str, images: int = 0) -> dict[str, Any]:
-    """A user's turn: `images` image slots, then the text."""
-    slots: list[dict[str, str]] = [{"type": "image"} for _ in range(images)]
-    return {"role": "user", "content": [*slots, {"type": "text", "text": text}]}
-
-
-def text_message(role: str, text: str) -> dict[str, Any]:
-    """A turn of text alone, e.g. of role "system" or "assistant"."""
-    return {"role": role, "content": [{"type": "text", "text": text}]}
-
-
-def image_slots(messages: Sequence[Message]) -> int:
-    """How many images the messages ask for."""
-    return sum(part.get("type") == "image" for message in messages for part in _parts(message))
-
-
-def texts(messages: Sequence[Message]) -> list[str]:
-    """Every text of the messages, in order."""
-    parts = [part for message in messages for part in _parts(message)]
-    return [str(part["text"]) for part in parts if part.get("type") == "text"]
-
-
-def _parts(message: Message) -> Sequence[Mapping[str, Any]]:
-    content = message.get("content") or []
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content

@@ -35,6 +35,8 @@ class Checkpoint:
     tokenizer: PreTrainedTokenizerBase
     image_processor: Mapping[str, Any]
     """The image processor's fields (4.x: preprocessor_config.json; 5.x: nested); {} where there are none."""
+    video_processor: Mapping[str, Any]
+    """The video processor's fields: nested, of video_preprocessor_config.json, or else the image processor's."""
     processor: Mapping[str, Any]
     """The processor's own fields (processor_config.json); {} where there are none."""
     chat_template: str | None
@@ -51,12 +53,17 @@ def read_checkpoint(path: str, revision: str | None, trust_remote_code: bool) ->
     image_processor = processor.get("image_processor")
     if image_processor is None:
         image_processor = read_json(path, "preprocessor_config.json", revision) or {}
+    video_processor = processor.get("video_processor")
+    if video_processor is None:
+        video_processor = read_json(path, "video_preprocessor_config.json", revision) or image_processor
+    nested = ("image_processor", "video_processor")
     return Checkpoint(
         path=path,
         config=config,
         tokenizer=tokenizer,
         image_processor=image_processor,
-        processor={key: value for key, value in processor.items() if key != "image_processor"},
+        video_processor=video_processor,
+        processor={key: value for key, value in processor.items() if key not in nested},
         chat_template=_chat_template(path, revision, processor, tokenizer),
         eos_token_ids=_eos_token_ids(path, revision, config, tokenizer),
     )

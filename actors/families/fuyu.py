@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import FuyuForCausalLM, PreTrainedModel
 
-from actors.families.base import Family, ImageLayout, Message, PromptError, Size, check_features, texts
+from actors.families.base import Family, ImageLayout, PromptError, Size, check_features
 from actors.families.checkpoint import Checkpoint, CheckpointError
+from actors.families.messages import Message, texts
 from actors.images.tiling import BILINEAR, pad, resize, split
 
 NEWLINE = "|NEWLINE|"
@@ -99,7 +100,7 @@ class Fuyu(Family):
     def prompt(self, messages: Sequence[Message], layouts: Sequence[ImageLayout]) -> NDArray[np.int32]:
         if len(layouts) > 1:
             raise PromptError(f"Fuyu takes one image a row, this row has {len(layouts)}")
-        self._check(messages, len(layouts))
+        self._check(messages, layouts)
         text = self.render(messages)
         if not layouts:
             ids = self._ids(text, add_special_tokens=True)

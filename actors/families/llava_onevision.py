@@ -5,6 +5,10 @@ pinpoints, padded with black, cut into tiles, and preceded by a squashed view of
 padding off the feature map ("unpad"), shrinks it where it exceeds `anyres_max_N` tiles, and ends each of its
 rows with a newline feature. A row with several images takes one tile each, padded to a square.
 
+A video is a list of frames, a tile each, squashed to the tile's shape. The model pools a frame's features to
+half the rows and columns and puts one newline feature behind the last frame. Since frames are encoded each by
+itself, videos of any lengths share a call.
+
 `layout.grid` is (rows, columns) of tiles beside the whole view; (0, 0) marks one of several images in a row.
 """
 
@@ -20,28 +24,38 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from actors.errors import RowError
-from actors.families.base import Family, ImageLayout, Size, check_features, vision_dtype
+from actors.families.base import Family, ImageLayout, Size, VideoSize, check_features, vision_dtype
 from actors.families.checkpoint import Checkpoint, CheckpointError, square_side
+from actors.families.messages import user_message
 from actors.images import tiling
 from actors.images.anyres import best_resolution, fit
+from actors.images.normalize import PixelTable
 
 MULTI: tuple[int, int] = (0, 0)
 """`layout.grid` of an image that shares its row with others."""
 _MAX_SQUARE_SIDE = 32768
 """A multi-image image is padded to a square first; above this side that takes more than 3 GiB."""
 _SIDES = range(384, 2304 + 1, 384)
+_VIDEO_DEFAULTS: Mapping[str, Any] = MappingProxyType(
+    {
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "resample": tiling.BICUBIC,
+        "size": {"height": 384, "width": 384},
+    }
+)
+"""The stock video processor's defaults, for fields that the checkpoint omits or sets to null."""
+_FRAMES_AT_ONCE = 32
+"""Frames that go through the vision tower together: a long video needs no more memory than a short one."""
 
 
 class LlavaOnevision(Family):
-    """anyres tiling of one image, one tile each of several."""
+    """anyres tiling of one image, one tile each of several, one tile a frame of a video."""
 
     name = "llava_onevision"
     image_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType(
         {
-            "image_mean": [0.48145466, 0.4578275, 0.40821073],
-            "image_std": [0.26862954, 0.26130258, 0.27577711],
-            "resample": tiling.BICUBIC,
-            "size": {"height": 384, "width": 384},
+            **_VIDEO_DEFAULTS,
             "image_grid_pinpoints": [list(pair) for pair in product(_SIDES, _SIDES)],
         }
     )
@@ -77,12 +91,47 @@ class LlavaOnevision(Family):
         self.placeholder = (
             getattr(tokenizer, "image_token", None) or processor.get("image_token") or "<image>"
         )
-        self._video = getattr(tokenizer, "video_token", None) or processor.get("video_token") or "<video>"
+        self.video_placeholder = (
+            getattr(tokenizer, "video_token", None) or processor.get("video_token") or "<video>"
+        )
         self.require_image_token(self.placeholder)
+        self.video_token_id = int(checkpoint.config.video_token_id)
+        given = {key: value for key, value in checkpoint.video_processor.items() if value is not None}
+        self.video_config: dict[str, Any] = {**_VIDEO_DEFAULTS, **given}
+        self.normalize_frames = PixelTable(
+            self.video_config["image_mean"],
+            self.video_config["image_std"],
+            self.video_config.get("rescale_factor", 1 / 255),
+            self.video_config.get("do_rescale", True),
+            self.video_config.get("do_normalize", True),
+        )
+        """As `normalize`, of a video's frames: the checkpoint may give them figures of their own."""
+        side = vision.image_size // vision.patch_size
+        self._frame_tokens = math.ceil(side / 2) ** 2
 
-    @property
-    def reserved(self) -> tuple[str, ...]:
-        return (self.placeholder, self._video)
+    def check_videos(self) -> None:
+        config = self.video_config
+        if not config.get("do_resize", True) or config.get("do_center_crop", False):
+            raise CheckpointError(
+                f"{self.path}: its video processor has do_resize=false or do_center_crop=true, which are not "
+                "supported"
+            )
+        if square_side(config["size"]) != self._side:
+            raise CheckpointError(
+                f"{self.path}: frames of {square_side(config['size'])} px beside tiles of {self._side} px"
+            )
+        if self._dropped:
+            raise CheckpointError(
+                f"{self.path}: the model cannot pool the frames of videos under the feature strategy 'default'"
+            )
+        token = str(self.video_placeholder)
+        if self.token_id(token) != self.video_token_id:
+            raise CheckpointError(
+                f"{self.path}: {token!r} is id {self.token_id(token)} to the tokenizer, "
+                f"but config.json's video token is {self.video_token_id}"
+            )
+        if self.render([user_message("", videos=1)]).count(token) != 1:
+            raise CheckpointError(f"{self.path}: its chat template writes no {token} for a video")
 
     def layout(self, sizes: Sequence[Size]) -> tuple[ImageLayout, ...]:
         if len(sizes) == 1:
@@ -108,35 +157,77 @@ class LlavaOnevision(Family):
         whole = tiling.resize(image, tile, self._resample)
         return torch.cat([whole[None], tiling.split(tiling.pad_to(fitted, target), tile)])
 
+    def layout_video(self, size: VideoSize) -> ImageLayout:
+        frames, height, width = size
+        tokens = frames * self._frame_tokens + 1  # + the newline feature
+        return ImageLayout((height, width), (1, 1), frames, tokens, frames)
+
+    def tile_frame(self, frame: Tensor) -> Tensor:
+        return tiling.resize(frame, (self._side, self._side), int(self.video_config["resample"]))
+
     def model_inputs(self, pixels: Tensor, layouts: Sequence[ImageLayout]) -> dict[str, Tensor]:
-        tiles = self.normalize(pixels).split([layout.tiles for layout in layouts])
-        return {
-            "pixel_values": pad_sequence(list(tiles), batch_first=True),
-            "image_sizes": _sizes(layouts, pixels.device),
-            "batch_num_images": torch.tensor([len(layouts)], device=pixels.device),
-        }
+        tiles = pixels.split([layout.tiles for layout in layouts])
+        inputs: dict[str, Tensor] = {}
+        images = [index for index, layout in enumerate(layouts) if not layout.frames]
+        if images:
+            inputs["pixel_values"] = pad_sequence(
+                [self.normalize(tiles[index]) for index in images], batch_first=True
+            )
+            inputs["image_sizes"] = _sizes([layouts[index] for index in images], pixels.device)
+            inputs["batch_num_images"] = torch.tensor([len(images)], device=pixels.device)
+        videos = [tile for tile, layout in zip(tiles, layouts, strict=True) if layout.frames]
+        if videos:  # stock has no way to say videos of different lengths: stack refuses them
+            inputs["pixel_values_videos"] = self.normalize_frames(torch.stack(videos))
+        return inputs
 
     def embed_images(
         self, model: PreTrainedModel, pixels: Tensor, layouts: Sequence[ImageLayout]
     ) -> list[Tensor]:
-        values = self.normalize(pixels, vision_dtype(model))
-        tiles = values.split([layout.tiles for layout in layouts])
-        features: list[Tensor | None] = [None] * len(layouts)
+        tiles = pixels.split([layout.tiles for layout in layouts])
+        features: dict[int, Tensor] = {}
         # The model tells anyres images from multi-image ones by the images of a row: one call for each kind.
         for multi in (False, True):
-            chosen = [index for index, layout in enumerate(layouts) if (layout.grid == MULTI) == multi]
+            chosen = [
+                index
+                for index, layout in enumerate(layouts)
+                if not layout.frames and (layout.grid == MULTI) == multi
+            ]
             if not chosen:
                 continue
             # Any count but 1 means "multi-image", also where a single one of a row is encoded here.
             counts = [max(2, len(chosen))] if multi else [1] * len(chosen)
             encoded = model.get_image_features(
-                pixel_values=torch.cat([tiles[index] for index in chosen]),
+                pixel_values=self.normalize(
+                    torch.cat([tiles[index] for index in chosen]), vision_dtype(model)
+                ),
                 image_sizes=_sizes([layouts[index] for index in chosen], pixels.device),
                 batch_num_images=torch.tensor(counts, device=pixels.device),
             ).pooler_output
-            for index, feature in zip(chosen, encoded, strict=True):
-                features[index] = feature
-        return check_features([feature for feature in features if feature is not None], layouts)
+            features |= dict(zip(chosen, encoded, strict=True))
+        videos = [index for index, layout in enumerate(layouts) if layout.frames]
+        if videos:
+            encoded = self._embed_videos(model, [tiles[index] for index in videos])
+            features |= dict(zip(videos, encoded, strict=True))
+        return check_features([features[index] for index in range(len(layouts))], layouts)
+
+    def _embed_videos(self, model: PreTrainedModel, videos: Sequence[Tensor]) -> list[Tensor]:
+        """uint8 `[frames, *tile_shape]` of each video -> its `[tokens, D]`.
+
+        Each frame goes to the model as a video of its own, which yields the frame's features and the newline:
+        a video is its frames' features and one newline, whatever the lengths of the others.
+        """
+        encoded = torch.cat(
+            [
+                model.get_video_features(
+                    pixel_values_videos=self.normalize_frames(frames, vision_dtype(model))[:, None]
+                ).pooler_output
+                for frames in torch.cat(list(videos)).split(_FRAMES_AT_ONCE)
+            ]
+        )
+        return [
+            torch.cat([frames[:, :-1].flatten(0, 1), frames[-1, -1:]])
+            for frames in encoded.split([len(video) for video in videos])
+        ]
 
     def _anyres(self, size: Size) -> ImageLayout:
         height, width = best_resolution(size, self._pinpoints)

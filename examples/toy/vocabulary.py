@@ -20,7 +20,7 @@ CHATML_TEMPLATE = """\
 {%- if message['content'] is string %}{{- '\\n' + message['content'] }}
 {%- else %}
 {%- for part in message['content'] if part['type'] == 'image' %}{{- IMAGE }}{% endfor %}
-{%- for part in message['content'] if part['type'] == 'text' %}{{- '\\n' + part['text'] }}{% endfor %}
+VIDEOS{%- for part in message['content'] if part['type'] == 'text' %}{{- '\\n' + part['text'] }}{% endfor %}
 {%- endif %}
 {{- '<|im_end|>\\n' }}
 {%- endfor %}
@@ -48,10 +48,12 @@ AYA_TEMPLATE = """\
 {%- endif %}
 """
 
+VIDEOS = "{%- for part in message['content'] if part['type'] == 'video' %}{{- '<video>' }}{% endfor %}\n"
+
 CHAT_TEMPLATES = {
-    "llava_onevision": CHATML_TEMPLATE.replace("IMAGE", "'<image>'"),
+    "llava_onevision": CHATML_TEMPLATE.replace("IMAGE", "'<image>'").replace("VIDEOS", VIDEOS),
     "aya_vision": AYA_TEMPLATE,
-    "aria": CHATML_TEMPLATE.replace("IMAGE", "'<fim_prefix><|img|><fim_suffix>'"),
+    "aria": CHATML_TEMPLATE.replace("IMAGE", "'<fim_prefix><|img|><fim_suffix>'").replace("VIDEOS", ""),
 }
 """Fuyu has none: its prompt is the text itself."""
 

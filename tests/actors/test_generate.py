@@ -1,5 +1,7 @@
 """Generate: a block of prepared rows becomes a block of captions, row by row what stock `generate` says."""
 
+from dataclasses import replace
+
 import pyarrow as pa
 import pytest
 import torch
@@ -40,6 +42,31 @@ def test_captions_equal_stock_generate(name):
         assert row["image_tokens"] == sum(layout.tokens for layout in layouts)
         stopped = stock[-1] in family.eos_token_ids
         assert row["finish_reason"] == ("stop" if stopped else "length")
+
+
+@pytest.mark.parametrize("engine", ["continuous", "reference"])
+def test_captions_of_videos_equal_stock_generate(engine):
+    path = untrained("llava_onevision")
+    frames = [picture(60, 50, color) for color in ("red", "green", "blue", "white")]
+    block = prepared(
+        path,
+        [[], [picture(90, 50)], []],
+        videos=[frames, frames[:2], frames[2:3]],
+        id=list("abc"),
+        prompt=["Describe the image."] * 3,
+    )
+    result = Generate(replace(generate_config(path), engine=engine))(block).to_pylist()
+    family, model = load_family(path), load_model(path)
+    for row, source in zip(result, block.to_pylist(), strict=True):
+        ids = torch.tensor([source["_token_ids"]])
+        layouts = family.row_layouts([tuple(size) for size in source["_sizes"]])
+        pixels = torch.frombuffer(bytearray(source["_pixels"]), dtype=torch.uint8)
+        inputs = family.model_inputs(pixels.view(-1, *family.tile_shape), layouts)
+        assert "pixel_values_videos" in inputs
+        stock = model.generate(ids, max_new_tokens=8, do_sample=False, **inputs)[0, ids.shape[1] :].tolist()
+        assert row["caption"] == family.decode(stock).strip()
+        assert row["image_tokens"] == sum(layout.tokens for layout in layouts)
+    assert len({row["image_tokens"] for row in result}) == 3
 
 
 def test_failed_rows_pass_through_and_keep_their_place():

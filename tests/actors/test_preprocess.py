@@ -89,6 +89,55 @@ def test_chats_several_images_and_text_alone_share_a_block():
     assert len(rows[0][TOKEN_IDS]) > len(rows[2][TOKEN_IDS])
 
 
+def test_a_video_becomes_its_frames_in_order():
+    family = load_family(untrained("llava_onevision"))
+    frames = [picture(60, 50, color) for color in ("red", "green", "blue")]
+    videos = [
+        frames,
+        [],
+        None,
+        frames[:1],
+        [frames[0], frames[1][:40]],
+        [frames[0], picture(200, 200)],
+        frames,
+    ]
+    slot = {"type": "video"}
+    asked = {"role": "user", "content": [{"type": "text", "text": "a red square"}, slot]}
+    then = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "and the image"}]}
+    texts = [{"role": "user", "content": [{"type": "text", "text": "Describe the image."}]}]
+    block = source_block(
+        [[], [picture()], [], [picture(), picture(90, 40)], [], [], [picture()]],
+        videos=videos,
+        id=list("abcdefg"),
+        prompt=pa.array(
+            [*[texts] * 6, [asked, {"role": "assistant", "content": [texts[0]["content"][0]]}, then]]
+        ),
+    )
+    rows = Preprocess(preprocess_config(untrained("llava_onevision")))(block).to_pylist()
+    assert [row[ERROR] and row[ERROR]["kind"] for row in rows] == [*[None] * 4, "decode", "too_large", None]
+    assert [row[SIZES] for row in rows[:3]] == [[[3, 50, 60]], [[50, 60]], []]
+    assert rows[3][SIZES] == [
+        [50, 60],
+        [40, 90],
+        [1, 50, 60],
+    ]  # images before the video, as the template has it
+    assert rows[6][SIZES] == [[3, 50, 60], [50, 60]]  # the video's turn came first, and so do its pixels
+    assert "frame 2 of the video's 2: " in rows[4][ERROR]["message"]
+    assert "frame 2 of the video's 2: " in rows[5][ERROR]["message"]
+
+    expected = family.prompt(
+        [user_message("Describe the image.", videos=1)], [family.layout_video((3, 50, 60))]
+    )
+    assert rows[0][TOKEN_IDS] == expected.tolist()
+    tiles = torch.stack([family.tile_frame(decode(frame, 10_000)) for frame in frames])
+    pixels = torch.tensor(np.frombuffer(rows[0][PIXELS], np.uint8)).reshape(-1, *family.tile_shape)
+    assert torch.equal(pixels, tiles)
+    pixels = torch.tensor(np.frombuffer(rows[6][PIXELS], np.uint8)).reshape(-1, *family.tile_shape)
+    assert torch.equal(pixels[:3], tiles)
+    image = decode(picture(), 10_000)
+    assert torch.equal(pixels[3:], family.tile(image, family.layout([(50, 60)])[0]))
+
+
 def test_images_go_where_the_chat_puts_them():
     part = {"type": "text", "text": "Describe"}
     slot = {"type": "image", "text": None}

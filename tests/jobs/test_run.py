@@ -13,11 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from actors.generate import Generate
+from actors.preprocess import Preprocess
 from examples.toy.dataset import write_dataset
 from pipeline.columns import job_schema
 from pipeline.ledger import Ledger
 from pipeline.shards import discover
 from pipeline.spec import load_spec
+from tests.blocks import generate_config, picture, preprocess_config, source_block
 from tests.checkpoints import untrained
 from tests.commands import ROOT, environment, settings, tessera
 
@@ -113,6 +116,38 @@ def test_the_same_on_s3_with_too_many_errors_told(tmp_path, ray_address, s3_endp
     ]
     lenient = tessera("run", SPEC, *arguments, "--set=limits.max_failed_fraction=0.2")
     assert lenient.code == 0 and "nothing to do" in lenient.out
+
+
+def test_videos_are_captioned_as_by_generate(tmp_path, ray_address):
+    path = untrained("llava_onevision")
+    colors = ("red", "green", "blue", "white", "gray")
+    videos = [[picture(60, 50, colors[(row + step) % 5]) for step in range(row)] for row in range(8)]
+    videos[5][1] = videos[5][1][:30]
+    images = [picture(40, 40)] * 3 + [None] * 5
+    images[0] = picture(90, 50, "blue")  # row 0's video has no frames
+    (tmp_path / "in").mkdir()
+    columns = {"id": range(8), "image": images, "clip": videos}
+    pq.write_table(pa.table(columns), tmp_path / "in/a.parquet")
+    arguments = options(tmp_path, input__video="clip", input__max_frames=4)
+    arguments += settings(input__prompt="null", input__keep="[id]", limits__max_failed_fraction=0.2)
+    done = tessera("run", SPEC, *arguments, RAY_ADDRESS=ray_address)
+    assert done.code == 0 and "1 errors (1 decode)" in done.out, done.err
+
+    used = [
+        video[:4] if len(video) < 5 else [video[i * len(video) // 4] for i in range(4)] for video in videos
+    ]
+    block = source_block([[image] if image else [] for image in images], videos=used, id=range(8))
+    config = preprocess_config(path, prompt_column=None, max_new_tokens=6)
+    expected = Generate(generate_config(path, max_new_tokens=6))(Preprocess(config)(block)).to_pylist()
+    found = pq.read_table(tmp_path / "out/data/a.parquet").to_pylist()
+    assert [row["caption"] for row in found] == [row["caption"] for row in expected]
+    assert [row["image_tokens"] for row in found] == [row["image_tokens"] for row in expected]
+    assert "frame 2 of the video's 4" in found[5]["error"]["message"]
+
+    other = [*arguments, f"--set=model.path={untrained('fuyu')}", f"--set=output.path={tmp_path / 'other'}"]
+    refused = tessera("run", SPEC, *other)  # before any cluster is asked for
+    assert refused.code == 1 and "input.video: " in refused.err
+    assert refused.err.splitlines()[-1].endswith("fuyu takes no videos; LLaVA-OneVision does")
 
 
 def test_what_is_in_the_journal_is_not_generated_again(tmp_path, ray_address):

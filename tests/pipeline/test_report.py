@@ -294,6 +294,14 @@ def test_every_form_of_the_image_column(tmp_path: Path, cell: Callable[[bytes], 
     assert {len(card.images) for card in found.cards} == {images}
 
 
+def test_a_video_is_shown_by_its_frames(tmp_path: Path):
+    spec = write_job(tmp_path, shards=1, rows=5, cell=lambda data: [data] * 5)
+    fields = spec.input.model_copy(update={"image": None, "video": "image", "max_frames": 3})
+    found = read_section(spec.model_copy(update={"input": fields}))
+    assert [color_of(card)[1] for card in found.cards] == [0, 20, 40, 60, 80]
+    assert {len(card.images) for card in found.cards} == {3}
+
+
 def test_images_by_path_come_from_beside_the_shard_and_nowhere_else(tmp_path: Path):
     spec = write_job(tmp_path, shards=1, rows=4)
     (tmp_path / "in" / "deep" / "a.png").write_bytes(png())

@@ -174,10 +174,27 @@ SCHEMA = pa.schema(
 
 def test_needed_and_kept_columns() -> None:
     assert kept_columns(spec_of(), SCHEMA) == ("id", "title", "n")
-    assert needed_columns(spec_of(), SCHEMA) == ("image", "id", "title", "n")
-    assert needed_columns(spec_of(keep=["id"], template="{title}"), SCHEMA) == ("image", "title", "id")
-    assert needed_columns(spec_of(keep=[], prompt="title"), SCHEMA) == ("image", "title")
+    assert needed_columns(spec_of(), SCHEMA) == ("id", "title", "n")
+    assert needed_columns(spec_of(keep=["id"], template="{title}"), SCHEMA) == ("title", "id")
+    assert needed_columns(spec_of(keep=[], prompt="title"), SCHEMA) == ("title",)
     assert kept_columns(spec_of(keep=["image", "id"]), SCHEMA) == ("image", "id")
+    frames = pa.schema([("id", pa.int64()), ("clip", pa.list_(pa.binary()))])
+    assert kept_columns(spec_of(image=None, video="clip"), frames) == ("id",)
+
+
+@pytest.mark.parametrize("frames", [pa.list_(pa.binary()), pa.large_list(IMAGE), pa.list_(pa.null())])
+def test_video_columns(frames: pa.DataType) -> None:
+    check_columns(spec_of(image=None, video="clip"), pa.schema([("clip", frames)]))
+
+
+@pytest.mark.parametrize("frames", [pa.binary(), IMAGE, pa.list_(pa.string()), pa.string()])
+def test_columns_that_hold_no_frames(frames: pa.DataType) -> None:
+    with pytest.raises(InputError, match=r"input\.video: column 'clip' of s\.parquet holds .* not frames"):
+        check_columns(spec_of(image=None, video="clip"), pa.schema([("clip", frames)]), "s.parquet")
+    with pytest.raises(
+        InputError, match=r"'image'; it has clip; set input\.image to null where rows have videos"
+    ):
+        check_columns(spec_of(video="clip"), pa.schema([("clip", pa.list_(pa.binary()))]), "s.parquet")
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from actors.columns import ERROR, FINGERPRINT, IMAGES, ROW, SHARD
+from actors.columns import ERROR, FINGERPRINT, IMAGES, ROW, SHARD, VIDEO
 from pipeline.columns import job_schema
 from pipeline.rows import RowSet
 from pipeline.shards import discover
 from pipeline.source import ShardSource, ShardWork, read_shard
-from pipeline.spec import parse_spec
+from pipeline.spec import InputSpec, parse_spec
 
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -24,9 +24,10 @@ def write(folder, table: pa.Table, name="a.parquet", row_group_size=10):
     return shard
 
 
-def read(shard, rows=None, columns=("id",)) -> list[dict]:
+def read(shard, rows=None, columns=("id",), **fields) -> list[dict]:
+    spec = InputSpec(path=shard.root, **fields)
     work = ShardWork(shard, RowSet.span(shard.rows) if rows is None else RowSet.of(rows))
-    return [row for table in read_shard(work, "image", columns) for row in table.to_pylist()]
+    return [row for table in read_shard(work, spec, columns) for row in table.to_pylist()]
 
 
 @pytest.mark.parametrize("rows", [range(35), [0], [9, 10], [34], range(3, 31, 7), []])
@@ -80,6 +81,47 @@ def test_every_form_of_image_column(tmp_path, images, expected):
             assert row[ERROR]["kind"] == "decode" and row[ERROR]["stage"] == "read"
 
 
+def test_a_video_is_a_list_of_frames_of_which_some_are_read(tmp_path):
+    (tmp_path / "f.png").write_bytes(b"fetched")
+    frame = [
+        {"bytes": None, "path": "f.png"},
+        {"bytes": None, "path": None},
+        {"bytes": None, "path": "gone.png"},
+    ]
+    inline = [{"bytes": b"%d" % index, "path": None} for index in range(10)]
+    cells = [inline, inline[:4], frame[:1], [], None, [inline[0], frame[1]], [frame[2]]]
+    images = pa.array([None, b"a", b"a", b"a", None, b"a", b"a"])
+    table = pa.table({"image": images, "clip": pa.array(cells, pa.list_(STRUCT))})
+    rows = read(write(tmp_path, table), columns=(), video="clip", max_frames=4)
+    assert [row[VIDEO] for row in rows[:4]] == [
+        [b"0", b"2", b"5", b"7"],
+        [b"0", b"1", b"2", b"3"],
+        [b"fetched"],
+        [],
+    ]
+    assert [row[IMAGES] for row in rows[:4]] == [
+        [],
+        [b"a"],
+        [b"a"],
+        [b"a"],
+    ]  # a null beside a video is no image
+    errors = [(row[ERROR]["kind"], row[ERROR]["message"]) for row in rows[4:]]
+    assert errors[0] == ("decode", "there is no image: the cell is null")
+    assert errors[1] == ("decode", "frame 2 of the video's 2: there is no image: the cell is null")
+    assert errors[2][0] == "fetch" and errors[2][1].startswith(
+        "frame 1 of the video's 1: image path 'gone.png'"
+    )
+    assert all(row[IMAGES] is None and row[VIDEO] is None for row in rows[4:])
+
+
+def test_pictures_travel_once_and_columns_may_be_none(tmp_path):
+    shard = write(tmp_path, pa.table({"image": [b"a"] * 3, "clip": pa.array([[b"f"]] * 3)}))
+    (row,) = read(shard, [1], columns=(), image=None, video="clip")
+    assert (row[IMAGES], row[VIDEO]) == ([], [b"f"]) and "clip" not in row
+    (row,) = read(shard, [1], columns=("image",), video=None)
+    assert (row["image"], row[IMAGES], row[VIDEO]) == (b"a", [b"a"], [])
+
+
 def test_images_by_path_are_fetched_from_beside_the_shard(tmp_path):
     (tmp_path / "outside.png").write_bytes(b"secret")
     data = tmp_path / "data"
@@ -110,7 +152,7 @@ def test_a_task_a_shard_with_kept_columns_of_one_type(tmp_path):
     spec = parse_spec({"input": {"path": str(tmp_path)}, "model": {"path": "m"}, "output": {"path": "o"}})
     shards = discover(spec.input)
     kept = job_schema(spec, shards)
-    source = ShardSource([ShardWork(shard, RowSet.span(1)) for shard in shards], "image", ["tag"], kept)
+    source = ShardSource([ShardWork(shard, RowSet.span(1)) for shard in shards], spec.input, ["tag"], kept)
     tasks = source.get_read_tasks(parallelism=200)
     assert [task.metadata.num_rows for task in tasks] == [1, 1]
     blocks = [block for task in tasks for block in task()]

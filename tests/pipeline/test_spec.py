@@ -14,7 +14,7 @@ from pipeline.spec import JobSpec, SpecError, load_spec, parse_spec, template_fi
 MINIMAL = {"input": {"path": "in"}, "model": {"path": "m"}, "output": {"path": "out"}}
 FULL = """
 name: nightly-captions
-input: {path: s3://bucket/images/, image: image, prompt: null, keep: null}
+input: {path: s3://bucket/images/, image: image, video: null, max_frames: 32, prompt: null, keep: null}
 prompt: {template: "Describe the image.", system: null}
 model: {path: llava-hf/llava-onevision-qwen2-7b-ov-hf, revision: null, dtype: auto, engine: continuous}
 generation:
@@ -61,6 +61,8 @@ def test_overrides(tmp_path: Path) -> None:
             "model.revision=1234567",
             "model.dtype=float32",
             "input.prompt=null",
+            "input.image=null",
+            "input.video=clip",
             "output.path=out/x",
         ],
     )
@@ -68,6 +70,7 @@ def test_overrides(tmp_path: Path) -> None:
     assert spec.generation.stop == ("a", "b")
     assert spec.input.keep == ("id", "truth")
     assert spec.input.prompt is None
+    assert (spec.input.image, spec.input.video) == (None, "clip")
     assert spec.resources.generate.replicas == (2, 2)
     assert spec.prompt.template == "{title}: what is it?"
     assert spec.prompt.system == "Be brief: one line."
@@ -98,6 +101,7 @@ def test_overrides(tmp_path: Path) -> None:
         ("resources.generate.replicas", 0, ["resources.generate.replicas", "at least 1"]),
         ("resources.generate.gpus", 1.5, ["resources.generate.gpus", "whole number"]),
         ("generation", None, ["generation", "found nothing"]),
+        ("input.max_frames", 0, ["input.max_frames", "greater than or equal to 1", "found 0"]),
         ("input.path", [], ["input.path", "at least 1"]),
         ("input.path", ["a", 3], ["input.path[1]", "found 3"]),
         ("prompt.template", "{a.b}", ["prompt.template", "{a.b}", "plain column names"]),
@@ -184,7 +188,8 @@ def test_a_template_is_refused_or_renders(template: str) -> None:
 def test_the_fingerprint_covers_what_captions_depend_on() -> None:
     base = with_field("name", "a")
     different = {
-        "input.image": "jpg", "input.prompt": "q", "input.keep": ["id"], "prompt.template": "x",
+        "input.image": "jpg", "input.video": "clip", "input.max_frames": 8,
+        "input.prompt": "q", "input.keep": ["id"], "prompt.template": "x",
         "prompt.system": "x",
         "model.path": "x", "model.revision": "x", "model.dtype": "float32", "generation.seed": 1,
         "generation.stop": ["x"], "generation.max_new_tokens": 1, "limits.max_pixels": 1,

@@ -22,6 +22,7 @@ from actors.families import Family, load_family, load_model, text_message, user_
 from examples.toy.checkpoint import write_untrained
 
 _GAIN = 2.0
+_FRAME = (36, 50)
 
 FAMILIES = ("llava_onevision", "aya_vision", "aria", "fuyu")
 
@@ -31,6 +32,10 @@ class Row:
     """What a row holds, small enough to be printed by hypothesis and to be a dictionary key."""
 
     sizes: tuple[tuple[int, int], ...] = ((40, 60),)
+    videos: tuple[int, ...] = ()
+    """Frames of each video; a chat template puts them behind a turn's images."""
+    video_first: bool = False
+    """Whether the videos have a turn of their own before the images'."""
     text: str = "describe the image"
     turns: int = 1
     seed: int = 0
@@ -50,17 +55,30 @@ class Subject:
         return copy.deepcopy(self.model)
 
     def request(self, row: Row, key: object = None) -> Request:
-        layouts = self.family.layout(row.sizes)
+        layouts = self.family.row_layouts([*row.sizes, *((frames, *_FRAME) for frames in row.videos)])
         noise = np.random.default_rng(row.seed)
-        tiles = [np.zeros((0, *self.family.tile_shape), np.uint8)]
-        for size, layout in zip(row.sizes, layouts, strict=True):
-            image = torch.from_numpy(noise.integers(0, 256, (3, *size), dtype=np.uint8))
-            tiles.append(self.family.tile(image, layout).numpy())
-        messages = [user_message(row.text, images=len(row.sizes))]
+        tiles = []
+        for layout in layouts:
+            shape = (max(1, layout.frames), 3, *layout.size)
+            pixels = torch.from_numpy(noise.integers(0, 256, shape, dtype=np.uint8))
+            if layout.frames:
+                tiles.append(torch.stack([self.family.tile_frame(frame) for frame in pixels]).numpy())
+            else:
+                tiles.append(self.family.tile(pixels[0], layout).numpy())
+        messages = [user_message(row.text, len(row.sizes), len(row.videos))]
+        if row.video_first:
+            messages = [
+                user_message("a video", videos=len(row.videos)),
+                text_message("assistant", "a circle"),
+            ]
+            messages.append(user_message(row.text, len(row.sizes)))
         for _ in range(row.turns - 1):
             messages += [text_message("assistant", "a red circle"), user_message("and the background ?")]
         ids = self.family.prompt(messages, layouts)
-        return Request(key, ids, np.concatenate(tiles), layouts, row.sampling)
+        order = self.family.appearance(ids, layouts)
+        none = np.zeros((0, *self.family.tile_shape), np.uint8)
+        ordered = np.concatenate([none, *(tiles[index] for index in order)])
+        return Request(key, ids, ordered, tuple(layouts[index] for index in order), row.sampling)
 
     def expected(self, row: Row) -> Completion:
         """What the reference engine makes of a row; remembered, because tests ask for the same rows often."""

@@ -43,6 +43,16 @@ def pool(family: str) -> tuple[Row, ...]:
             Row(seed=5, sizes=((40, 60), (90, 50)), sampling=greedy(14)),
             Row(seed=6, sizes=((48, 48), (30, 30), (96, 20)), turns=2, sampling=greedy(28)),
         ]
+    if family == "llava_onevision":
+        rows += [
+            Row(seed=7, sizes=(), videos=(1,), sampling=greedy(11)),
+            Row(seed=8, sizes=(), videos=(5,), turns=2, sampling=greedy(26)),
+            Row(seed=9, sizes=(), videos=(37,), text="what color is the circle ?", sampling=greedy(17)),
+            Row(seed=10, sizes=((40, 60),), videos=(3,), sampling=greedy(19)),
+            Row(seed=11, sizes=((48, 30), (30, 30)), videos=(2,), video_first=True, sampling=greedy(23)),
+            Row(seed=12, sizes=(), videos=(4, 4), sampling=greedy(8)),
+            Row(seed=8, sizes=(), videos=(5,), text="red", sampling=greedy(7)),  # the second one's video
+        ]
     return tuple(rows)
 
 

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from actors.engine import Request, Sampling
+from actors.engine.checkpoint_rules import CheckpointRules
 from actors.engine.sampling import draw, sample, uniform_at
 from actors.engine.scheduler import Sequence
 from tests.actors.engine.subjects import FAMILIES, Row, subject
@@ -88,12 +89,12 @@ def test_repetition_penalty_is_transformers(penalty: float, ids: list[int]) -> N
     expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([ids]), logits.clone())
     sequence = make_sequence(ids, Sampling(repetition_penalty=penalty))
     neighbour = make_sequence([1, 2], Sampling())
-    found = sample(torch.cat([logits, logits]), [sequence, neighbour]).token_ids
+    found = sample(torch.cat([logits, logits]), [sequence, neighbour], CheckpointRules()).token_ids
     assert found == [int(expected.argmax()), int(logits.argmax())]
     sequence.generated.append(found[0])
     ids.append(found[0])
     expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([ids]), logits.clone())
-    assert sample(logits, [sequence]).token_ids == [int(expected.argmax())]
+    assert sample(logits, [sequence], CheckpointRules()).token_ids == [int(expected.argmax())]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -51,3 +51,30 @@ def test_trained_checkpoints_say_what_generate_says(name: str) -> None:
             assert isinstance(done.key, int)
             right += done.text == caption(random_scene(done.key))
     assert right / (3 * len(requests)) > 0.7
+
+
+def test_a_trained_checkpoint_says_of_videos_what_generate_says() -> None:
+    """It never saw one in training, so what it says means little; it says the same in every batch."""
+    path = str(CHECKPOINTS / "llava_onevision")
+    family = load_family(path)
+    requests = [
+        video(family, seed, frames) for seed, frames in zip(SCENES, (1, 2, 3, 5, 8, 13), strict=False)
+    ]
+    requests += [request(family, seed) for seed in SCENES[6:12]]
+    reference = ReferenceEngine(family, load_model(path, dtype="float32"))
+    expected = {done.key: (done.token_ids, done.text) for done in reference.generate(requests)}
+    assert len({ids for ids, _ in expected.values()}) > len(requests) // 2
+    for slots in (1, 5, 16):
+        engine = ContinuousEngine(family, load_model(path, dtype="float32"), Limits(slots, 2048, 4000))
+        found = {done.key: (done.token_ids, done.text) for done in engine.generate(requests[::-1])}
+        assert found == expected
+
+
+def video(family: Family, seed: int, frames: int) -> Request:
+    """A scene, then others."""
+    scenes = [draw(random_scene(seed + 1000 * frame)).convert("RGB") for frame in range(frames)]
+    pictures = [torch.from_numpy(np.array(scene)).permute(2, 0, 1) for scene in scenes]
+    layouts = (family.layout_video((frames, *pictures[0].shape[1:])),)
+    ids = family.prompt([user_message(PROMPTS["en"], videos=1)], layouts)
+    tiles = torch.stack([family.tile_frame(picture) for picture in pictures]).numpy()
+    return Request(seed, ids, tiles, layouts, Sampling(max_new_tokens=40))

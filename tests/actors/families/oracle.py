@@ -5,7 +5,7 @@ family's special tokens, the stock processor at its defaults, and a model that i
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,15 +81,23 @@ def pil(image: Tensor) -> Image.Image:
 
 
 def stock_row(
-    processor: ProcessorMixin, messages: Sequence[Mapping[str, Any]], images: Sequence[Tensor]
+    processor: ProcessorMixin,
+    messages: Sequence[Mapping[str, Any]],
+    images: Sequence[Tensor],
+    videos: Sequence[Sequence[Tensor]] = (),
 ) -> dict[str, Tensor]:
-    """What the stock processor makes of one row: the images fill the messages' slots in order."""
-    left = iter(images)
+    """What the stock processor makes of one row: the pictures fill the messages' slots in order."""
+    left: dict[str, Iterator[Any]] = {
+        "image": iter([pil(image) for image in images]),
+        "video": iter([[pil(frame) for frame in video] for video in videos]),
+    }
     filled = [
         {
             **message,
             "content": [
-                {"type": "image", "image": pil(next(left))} if part["type"] == "image" else part
+                {"type": part["type"], part["type"]: next(left[part["type"]])}
+                if part["type"] in left
+                else part
                 for part in message["content"]
             ],
         }
@@ -102,10 +110,15 @@ def stock_row(
     )
 
 
-def lay_out(family: Family, images: Sequence[Tensor]) -> tuple[tuple[ImageLayout, ...], Tensor]:
-    """Layouts and uint8 pixels `[sum of tiles, *tile_shape]` of one row."""
-    layouts = family.layout([(image.shape[1], image.shape[2]) for image in images])
-    tiles = [family.tile(image, layout) for image, layout in zip(images, layouts, strict=True)]
+def lay_out(
+    family: Family, images: Sequence[Tensor], videos: Sequence[Sequence[Tensor]] = ()
+) -> tuple[tuple[ImageLayout, ...], Tensor]:
+    """Layouts and uint8 pixels `[sum of tiles, *tile_shape]` of one row, images before videos."""
+    sizes: list[Any] = [(image.shape[1], image.shape[2]) for image in images]
+    sizes += [(len(video), *video[0].shape[1:]) for video in videos]
+    layouts = family.row_layouts(sizes)
+    tiles = [family.tile(image, layout) for image, layout in zip(images, layouts, strict=False)]
+    tiles += [torch.stack([family.tile_frame(frame) for frame in video]) for video in videos]
     for tile, layout in zip(tiles, layouts, strict=True):
         assert tile.dtype == torch.uint8
         assert tuple(tile.shape) == (layout.tiles, *family.tile_shape)
@@ -113,18 +126,22 @@ def lay_out(family: Family, images: Sequence[Tensor]) -> tuple[tuple[ImageLayout
 
 
 def assert_equals_stock(
-    family: Family, processor: ProcessorMixin, messages: Sequence[Mapping[str, Any]], images: Sequence[Tensor]
+    family: Family,
+    processor: ProcessorMixin,
+    messages: Sequence[Mapping[str, Any]],
+    images: Sequence[Tensor],
+    videos: Sequence[Sequence[Tensor]] = (),
 ) -> tuple[tuple[ImageLayout, ...], Tensor]:
     """The law: ids, pixel floats and every other model input equal the stock processor's, bit for bit."""
-    expected = stock_row(processor, messages, images)
-    layouts, pixels = lay_out(family, images)
+    expected = stock_row(processor, messages, images, videos)
+    layouts, pixels = lay_out(family, images, videos)
 
     ids = family.prompt(messages, layouts)
     assert ids.dtype == np.int32
     assert ids.tolist() == expected["input_ids"][0].tolist()
-    assert int((ids == family.image_token_id).sum()) == sum(layout.tokens for layout in layouts)
+    assert len(family.placeholders(ids)) == sum(layout.tokens for layout in layouts)
 
-    inputs = family.model_inputs(pixels, layouts) if images else {}
+    inputs = family.model_inputs(pixels, layouts) if layouts else {}
     text_only = {"input_ids", "attention_mask"}
     assert inputs.keys() == expected.keys() - text_only
     for name, value in inputs.items():

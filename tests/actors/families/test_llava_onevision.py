@@ -116,8 +116,8 @@ def test_prompt_errors(llava_onevision: Subject) -> None:
         family.prompt([user_message("a <video> tag", images=1)], one)
     with pytest.raises(PromptError, match="no messages"):
         family.prompt([], ())
-    for part in ({"type": "video"}, {"type": "text"}, {"type": "text", "text": None}):
-        with pytest.raises(PromptError, match="holds images and texts, not"):
+    for part in ({"type": "audio"}, {"type": "text"}, {"type": "text", "text": None}):
+        with pytest.raises(PromptError, match="holds images, videos and texts, not"):
             family.prompt([{"role": "user", "content": [part]}], ())
     with pytest.raises(PromptError, match="chat template refuses"):
         family.prompt([{"content": [{"type": "text", "text": "no role"}]}], ())
