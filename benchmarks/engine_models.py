@@ -73,7 +73,7 @@ EXPERTS = {"toy": (4, 2, 1), "mini": (16, 4, 2), "7b": (64, 6, 2)}
 SIDES = {  # tile side in pixels of small and real sizes
     "llava_onevision": (224, 384),
     "aya_vision": (224, 364),
-    "aria": (224, 980),
+    "aria": (490, 980),
 }
 PATCH = 14
 PINPOINTS = [(rows, columns) for rows in range(1, 7) for columns in range(1, 7)]
@@ -171,7 +171,7 @@ def model_config(family: str, size: str, ids: dict[str, int]) -> PreTrainedConfi
         text_config={**text, "model_type": "aria_text"},
         vision_config={**vision, "model_type": "idefics3_vision"},
         image_token_index=ids["<|img|>"],
-        projector_patch_to_query_dict={(side // PATCH) ** 2: 256, (side // 2 // PATCH) ** 2: 128},
+        projector_patch_to_query_dict={(side // PATCH) ** 2: 256},
     )
 
 
@@ -214,4 +214,4 @@ def processor_config(family: str, size: str) -> dict[str, Any]:
             "downsample_factor": 2,
         }
     image |= {"image_processor_type": "AriaImageProcessor", "max_image_size": side, "split_image": False}
-    return {"processor_class": "AriaProcessor", "image_processor": image}
+    return {"processor_class": "AriaProcessor", "image_processor": image, "size_conversion": {str(side): 256}}

@@ -42,8 +42,11 @@ def run_vllm(
     """The fastest of `rounds` passes of vLLM over like rows. Raises RuntimeError with its last words."""
     from benchmarks.engine_systems import Measured
 
+    image = json.loads((folder / "processor_config.json").read_text())["image_processor"]
     job = {
         "model": str(folder),
+        # Aria's stock processor has a size of its own; the checkpoint's must be said again.
+        "processor": {name: value for name, value in image.items() if name == "max_image_size"},
         "rounds": rounds,
         "clock": clock,
         "dtype": dtype,
@@ -86,6 +89,7 @@ def _serve(job: dict[str, Any]) -> float:
         max_model_len=4096,
         enable_prefix_caching=False,
         mm_processor_cache_gb=0,
+        mm_processor_kwargs=job["processor"],
         limit_mm_per_prompt={"image": max(len(row["sizes"]) for row in job["rows"])},
         seed=0,
     )

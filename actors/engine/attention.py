@@ -68,8 +68,12 @@ class Cache(Protocol):
         """Gives `target` the first `tokens` keys and values of `source`, where they are not the same already."""
         ...
 
+    def bucket(self, rows: int) -> int:
+        """How many rows a step of `rows` is to have on this device, padding included."""
+        ...
+
     def step(self, chunks: Seq[Chunk]) -> Step:
-        """The step over `chunks`: decoding ones (length 1) first."""
+        """The step over `chunks`: decoding ones (length 1) first. Tokens behind theirs are padding."""
         ...
 
 

@@ -19,6 +19,7 @@ from transformers.masking_utils import sdpa_mask
 from actors.engine.attention import window_mask
 from actors.engine.cpu_kernels import AttentionKernel, attention_kernel
 from actors.engine.kv_cache import KVShape, Run, RunAllocator
+from actors.engine.packed_linear import bucket
 from actors.engine.scheduler import Chunk
 
 _IMAGE_ATTENTION = "tessera_images"
@@ -51,6 +52,9 @@ class CpuCache:
         for cache in (self.keys, self.values):
             copied = cache[:, :, source.start : source.start + tokens]
             cache[:, :, target.start : target.start + tokens] = copied
+
+    def bucket(self, rows: int) -> int:
+        return bucket(rows)
 
     def step(self, chunks: Seq[Chunk]) -> CpuStep:
         return CpuStep(self, chunks)
@@ -88,13 +92,16 @@ class CpuStep:
     ) -> Tensor:
         self.store(layer, key, value)
         keys, values = self.cache.keys[layer, None], self.cache.values[layer, None]
+        out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
         first = len(self.spans)
-        outputs = [self._decode(query[0, :, :first], keys, values, scaling, window)] if first else []
+        if first:
+            out[:, :first] = self._decode(query[0, :, :first], keys, values, scaling, window)
         for chunk in self.prefills:
-            part = query[:, :, first : first + chunk.length]
-            outputs.append(self._prefill(chunk, part, keys, values, scaling, window))
+            part = slice(first, first + chunk.length)
+            self._prefill(chunk, query[:, :, part], keys, values, scaling, window, out[:, part])
             first += chunk.length
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        out[:, first:] = 0  # padding, of which nobody reads anything
+        return out
 
     def _decode(
         self, query: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int | None
@@ -120,36 +127,39 @@ class CpuStep:
         return torch.cat(outputs).view(1, rows, heads, width)
 
     def _prefill(
-        self, chunk: Chunk, query: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int | None
-    ) -> Tensor:
-        """query [1, H, n, d] of one sequence's next n tokens -> [1, n, H, d]."""
+        self,
+        chunk: Chunk,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scaling: float,
+        window: int | None,
+        out: Tensor,
+    ) -> None:
+        """query [1, H, n, d] of one sequence's next n tokens; fills out [1, n, H, d]."""
         start = chunk.sequence.reservation.start
         if self.cache.kernel is not None:
             at = slice(start, start + chunk.end)
-            return self.cache.kernel.attend(
-                query, keys[:, :, at], values[:, :, at], scaling, past=chunk.start, window=window
+            self.cache.kernel.attend(
+                query, keys[:, :, at], values[:, :, at], scaling, chunk.start, window, out
             )
-        shares = query.shape[1] != keys.shape[1]
-        if chunk.start == 0 and (window is None or chunk.end <= window):
-            at = slice(start, start + chunk.end)
-            attended = F.scaled_dot_product_attention(
-                query, keys[:, :, at], values[:, :, at], is_causal=True, scale=scaling, enable_gqa=shares
-            )
-            return attended.transpose(1, 2)
-        outputs = []
-        for begin in range(chunk.start, chunk.end, _BLOCK):
-            end = min(begin + _BLOCK, chunk.end)
+            return
+        # A mask a block bounds its size; without one, torch masks by itself.
+        masked = chunk.start > 0 or (window is not None and chunk.end > window)
+        for begin in range(chunk.start, chunk.end, _BLOCK if masked else chunk.length):
+            end = min(begin + _BLOCK, chunk.end) if masked else chunk.end
             low = 0 if window is None else max(0, begin - window + 1)
+            part = slice(begin - chunk.start, end - chunk.start)
             attended = F.scaled_dot_product_attention(
-                query[:, :, begin - chunk.start : end - chunk.start],
+                query[:, :, part],
                 keys[:, :, start + low : start + end],
                 values[:, :, start + low : start + end],
-                attn_mask=self._mask(end - begin, begin - low, window, query.dtype),
+                attn_mask=self._mask(end - begin, begin - low, window, query.dtype) if masked else None,
+                is_causal=not masked,
                 scale=scaling,
-                enable_gqa=shares,
+                enable_gqa=query.shape[1] != keys.shape[1],
             )
-            outputs.append(attended.transpose(1, 2))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+            out[:, part] = attended.transpose(1, 2)
 
     def _mask(self, queries: int, past: int, window: int | None, dtype: torch.dtype) -> Tensor:
         # Layers, and most blocks of a layer, need the same few masks.

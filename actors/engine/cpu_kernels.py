@@ -67,14 +67,17 @@ class AttentionKernel:
         scale: float,
         past: int | None = None,
         window: int | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """query [B, heads * group, n, dim], keys and values [B, heads, L, dim] -> [B, n, heads * group, dim].
 
         With `past`, causal: query i stands at position past + i and sees what is not after it, the `window` last of
-        it if given. Without, every query sees every key. Only the last dimension need be contiguous.
+        it if given. Without, every query sees every key. Only the last dimension need be contiguous. The result is
+        written to `out` if given.
         """
         batch, heads, queries, dim = query.shape
-        out = query.new_empty(batch, queries, heads, dim)
+        if out is None:
+            out = query.new_empty(batch, queries, heads, dim)
         seen = out.transpose(1, 2)
         strides = [stride for each in (query, keys, values, seen) for stride in each.stride()[:3]]
         self._attend(

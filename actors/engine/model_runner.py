@@ -74,18 +74,19 @@ class ModelRunner:
                 return sample(logits, [chunk.sequence for chunk in sampling], self.rules)
         ids = np.concatenate([_token_ids(chunk) for chunk in chunks])
         positions = np.concatenate([np.arange(chunk.start, chunk.end) for chunk in chunks])
-        embeds = self._embed(self._upload(ids))
+        embeds = self._embed(self._upload(self._padded(ids)))
         bounds = list(accumulate((chunk.length for chunk in chunks), initial=0))
         self._place_features(embeds, chunks, bounds)
         hidden = packed_forward(
             self.model,
             embeds[None],
-            self._upload(positions)[None],
+            self._upload(self._padded(positions))[None],
             self._pass(chunks, bounds),
         )
         if not sampling:
             return Sampled([], None)
-        return sample(self.model.lm_head(hidden), [chunk.sequence for chunk in sampling], self.rules)
+        logits = self.model.lm_head(hidden)[: len(sampling)]
+        return sample(logits, [chunk.sequence for chunk in sampling], self.rules)
 
     def _decode(self, ids: Tensor, positions: Tensor, step: Step) -> Tensor:
         """A step of decoding tokens alone: [B], [B] -> logits [B, V]."""
@@ -100,7 +101,8 @@ class ModelRunner:
         if len(rows) == bounds[-1]:
             return Pass(step)
         last = [Chunk(chunk.sequence, chunk.end - 1, 1) for chunk in chunks if chunk.samples]
-        return Pass(step, self._upload(np.array(rows, np.int64)), self.cache.step(last) if last else None)
+        padded = self._padded(np.array(rows, np.int64))
+        return Pass(step, self._upload(padded), self.cache.step(last) if last else None)
 
     def _encode(self, images: Seq[_Image]) -> list[Tensor]:
         pixels = np.concatenate([image.pixels for image in images])
@@ -118,6 +120,10 @@ class ModelRunner:
             if first < last:
                 rows = self._upload(places[first:last] - chunk.start + begin)
                 embeds[rows] = features[first:last].to(embeds.dtype)
+
+    def _padded(self, values: np.ndarray) -> np.ndarray:
+        """`values` and as many zeros behind as a step's tokens, or rows, are padded by."""
+        return np.pad(values, (0, self.cache.bucket(len(values)) - len(values)))
 
     def _upload(self, values: np.ndarray) -> Tensor:
         return upload(values, self.device)

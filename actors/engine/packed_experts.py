@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from actors.engine.packed_linear import bucket
+
 EXPERTS = "tessera"
 
 
@@ -63,18 +65,23 @@ def _forward(experts: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weig
     """hidden [N, D], the chosen experts and their weights [N, k] -> [N, D]."""
     tokens, chosen = top_k_index.shape
     ids, order = top_k_index.reshape(-1).sort(stable=True)
-    counts = torch.bincount(ids, minlength=len(experts.packed)).tolist()  # type: ignore[arg-type]
+    counts = torch.bincount(ids, minlength=len(experts.packed))  # type: ignore[arg-type]
+    # Every expert's rows are padded to a bucket, with copies of token 0 that nobody reads.
+    padded = torch.tensor([bucket(count) for count in counts.tolist()])
+    places = torch.arange(len(order)) + ((padded - counts).cumsum(0) - (padded - counts))[ids]
+    rows = torch.zeros(int(padded.sum()), dtype=torch.int64)
+    rows[places] = order // chosen
     linear = torch.ops.mkldnn._linear_pointwise
     outputs = []
-    for rows, (gate_up, down) in zip(hidden[order // chosen].split(counts), experts.packed, strict=True):  # type: ignore[arg-type]
-        if len(rows):
-            gate, up = linear(rows, gate_up, None, "none", [], "").chunk(2, dim=-1)
+    for part, (gate_up, down) in zip(hidden[rows].split(padded.tolist()), experts.packed, strict=True):  # type: ignore[arg-type]
+        if len(part):
+            gate, up = linear(part, gate_up, None, "none", [], "").chunk(2, dim=-1)
             outputs.append(linear(experts.act_fn(gate) * up, down, None, "none", [], ""))  # type: ignore[operator]
     # The weighted sum of a token's choices, gathered from where the experts left them.
-    places = torch.empty_like(order)
-    places[order] = torch.arange(len(order))
+    found = torch.empty_like(places)
+    found[order] = places
     return F.embedding_bag(
-        places.view(tokens, chosen),
+        found.view(tokens, chosen),
         torch.cat(outputs),
         mode="sum",
         per_sample_weights=top_k_weights.to(hidden.dtype),

@@ -17,6 +17,19 @@ _FUSED: dict[type, tuple[str, str]] = {
 }
 
 
+def bucket(rows: int) -> int:
+    """`rows`, or a few more: how many of them a product is to have.
+
+    The first product of a new number of rows costs milliseconds, for the library makes a kernel for it and keeps a
+    thousand; packed steps have any number. Few buckets, all soon known, cost a few rows of padding instead.
+
+    >>> [bucket(rows) for rows in (1, 4, 61, 65, 500, 513)]
+    [4, 4, 64, 96, 512, 576]
+    """
+    size = 4 if rows <= 64 else 32 if rows <= 512 else 64
+    return -(-rows // size) * size
+
+
 class PackedLinear(nn.Module):
     """A frozen `nn.Linear` whose weight is an opaque packed tensor of the same shape and dtype."""
 

@@ -60,6 +60,9 @@ class PagedCache:
             for cache in (self.keys, self.values):
                 cache[:, new] = cache[:, old]
 
+    def bucket(self, rows: int) -> int:
+        return rows
+
     def step(self, chunks: Seq[Chunk]) -> PagedStep:
         tables = [chunk.sequence.reservation.ids[: -(-chunk.end // PAGE)] for chunk in chunks]
         table = np.full((len(chunks), max(map(len, tables), default=1)), self.spare, np.int32)
