@@ -3,9 +3,9 @@
     python -m benchmarks.engine_soak
     python -m benchmarks.engine_soak --family fuyu --requests 100000
 
-Two callers feed one engine with images of changing sizes and texts alone, greedy and sampled. A table of resident memory
-by requests served, then one line of JSON: resident memory after the first tenth and at the end, requests that came back,
-cache tokens still held, and the longest time that a request waited, in requests that came back before it.
+Two callers feed one engine with images of changing sizes and texts alone, greedy and sampled. A table of resident
+memory by requests served, then one line of JSON: resident memory after the first tenth and at the end, requests that
+came back, cache tokens still held, and the longest wait of a request, in requests that came back during it.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _call(engine: ContinuousEngine, family: Family, count: Count, caller: int, r
 
 def _row(family: Family, random: np.random.Generator, key: int) -> Request:
     images = int(key % 8 != 0)  # every eighth is text alone
-    sizes = [tuple(int(side) for side in random.integers(20, 300, 2)) for _ in range(images)]
+    sizes = [(int(random.integers(20, 300)), int(random.integers(20, 300))) for _ in range(images)]
     layouts = family.layout(sizes)
     tiles = sum(layout.tiles for layout in layouts)
     return Request(

@@ -191,7 +191,5 @@ def _attend_images(
     """query, key and value [tiles, H, N, d] -> [tiles, N, H, d]; every patch of a tile sees every other."""
     kernel = attention_kernel(query.shape[1], 1, query.shape[3], query.dtype)
     if kernel is None or attention_mask is not None or key.shape[1] != query.shape[1]:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **others
-        )
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
     return kernel.attend(query, key, value, scaling), None

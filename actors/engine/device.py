@@ -31,8 +31,6 @@ _CPU_SHARE = 0.25
 _CUDA_SHARE = 0.9
 """Of the memory that is free, less what a step needs: fragmentation, workspaces and graphs want some."""
 _TILE_PIXELS = {"cpu": 4 * 384 * 384, "cuda": 64 * 384 * 384}
-
-
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 
 
@@ -75,13 +73,13 @@ def _prepare_cpu(model: PreTrainedModel) -> int:
         if isinstance(module, torch.nn.Conv2d):
             # Patches then come out one after the other, [tiles, patches, D] without gaps. Otherwise every layer of the
             # tower adds to and normalises a transposed view.
-            module.to(memory_format=torch.channels_last)
+            module.weight.data = module.weight.data.to(memory_format=torch.channels_last)
     return pack_linears(model)
 
 
 def _keep_freed_memory() -> None:
-    """Lets glibc keep what a step frees for the next one, up to a gigabyte: given back and asked for again, every page of
-    it would be a page fault, which took a quarter of a long prompt's feed-forward blocks."""
+    """Lets glibc keep what a step frees for the next one, up to a gigabyte. Given back and asked for again, every page
+    of it would be a page fault: a quarter of a long prompt's feed-forward blocks."""
     with contextlib.suppress(OSError, AttributeError):  # no glibc
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most it takes

@@ -20,8 +20,8 @@ _FUSED: dict[type, tuple[str, str]] = {
 def bucket(rows: int) -> int:
     """`rows`, or a few more: how many of them a product is to have.
 
-    The first product of a new number of rows costs milliseconds, for the library makes a kernel for it and keeps a
-    thousand; packed steps have any number. Few buckets, all soon known, cost a few rows of padding instead.
+    The library makes a kernel for every new number of rows and keeps a thousand of them, and packed steps have any
+    number: that came to 800 MiB. Few buckets, all soon known, cost a few rows of padding instead.
 
     >>> [bucket(rows) for rows in (1, 4, 61, 65, 500, 513)]
     [4, 4, 64, 96, 512, 576]
