@@ -12,19 +12,31 @@ from collections.abc import Iterable
 import pyarrow as pa
 from ray.data import Datasink
 from ray.data.block import BlockAccessor
+from ray.data.datasource.datasink import WriteResult
 
-from pipeline.ledger import Ledger
+from pipeline.ledger import JOURNAL, Ledger
+from pipeline.weather import RETRIES
 
 
-class JournalSink(Datasink[list[str]]):
-    """Publishes blocks into `ledger`'s journal; a write returns the names of its parts."""
+class JournalSink(Datasink[int]):
+    """Publishes blocks as parts in a folder of `ledger`.
 
-    def __init__(self, ledger: Ledger) -> None:
-        self.ledger = ledger
+    A write returns how often its process has tried storage again since it last said so, in reading tasks too;
+    `storage_retries` is their sum, once all are done.
+    """
+
+    def __init__(self, ledger: Ledger, folder: str = JOURNAL) -> None:
+        self.ledger, self.folder = ledger, folder
+        self.storage_retries = 0
 
     def on_write_start(self, schema: pa.Schema | None = None) -> None:
         """Nothing to prepare: the ledger's folders appear with their first file."""
 
-    def write(self, blocks: Iterable[pa.Table], ctx: object) -> list[str]:
-        tables = (BlockAccessor.for_block(block).to_arrow() for block in blocks)
-        return [self.ledger.publish(table) for table in tables if table.num_rows]
+    def write(self, blocks: Iterable[pa.Table], ctx: object) -> int:
+        for table in (BlockAccessor.for_block(block).to_arrow() for block in blocks):
+            if table.num_rows:
+                self.ledger.publish(table, self.folder)
+        return RETRIES.take()
+
+    def on_write_complete(self, write_result: WriteResult[int]) -> None:
+        self.storage_retries = int(sum(write_result.write_returns))  # Ray makes numpy numbers of them
