@@ -151,11 +151,13 @@ class Ledger:
         path = f"{DATA}/{output_name(shard.name)}"
         self.guard()
         while not self.storage.create_exclusive(path, data):  # a seal is there, or a file of an older version
-            seal = self.seal_of(shard)
-            if seal:
-                return seal.stats
             with suppress(FileNotFoundError):
-                if self.storage.put_if(path, data, self.storage.read_version(path)[1]):
+                version = self.storage.read_version(path)[1]  # first: a seal that comes after it fails the swap
+                seal = self.seal_of(shard)
+                if seal:
+                    return seal.stats
+                self.guard()
+                if self.storage.put_if(path, data, version):
                     break
         return stats
 

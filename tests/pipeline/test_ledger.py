@@ -16,7 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 from actors.columns import RESULT_SCHEMA
 from pipeline.entries import Stats, decode, to_parquet
 from pipeline.files import in_parallel
-from pipeline.ledger import JOURNAL, Ledger, LedgerMismatch, SealError
+from pipeline.ledger import JOURNAL, RETRY, Ledger, LedgerMismatch, SealError
 from pipeline.rows import RowSet
 from pipeline.spec import JobSpec, parse_spec
 from pipeline.storage import Storage
@@ -125,6 +125,27 @@ def test_law_4_sealing_is_idempotent(ledger: Ledger) -> None:
     assert ledger.sweep([B]) == parts
     assert ledger.seal(B, KEPT, parts) == stats
     assert sealed_bytes(ledger) == before
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_law_4_a_seal_that_appears_meanwhile_is_not_overwritten(ledger: Ledger, moment: str) -> None:
+    """Two runs replace the seal of an older version; one is held up as it looks at what it replaces."""
+    old, new = shard("a.parquet", 3), shard("a.parquet", 4, "v2")
+    run_to_the_end(ledger, [old], [captions("a.parquet", range(3))])
+    ours = ledger.publish(captions("a.parquet", range(4), version="v2"))
+    theirs = ledger.publish(captions("a.parquet", range(4), version="v2", text="other"), RETRY)
+
+    class HeldUp(Storage):
+        def read_version(self, path: str) -> tuple[bytes, str]:
+            if moment == "before":
+                ledger.seal(new, KEPT, [theirs])
+            found = super().read_version(path)
+            ledger.seal(new, KEPT, [theirs])
+            return found
+
+    Ledger(HeldUp(ledger.storage.url)).seal(new, KEPT, [ours])
+    data = sealed_bytes(ledger)["data/a.parquet"]
+    assert pq.read_table(pa.BufferReader(data))["caption"].to_pylist() == [f"other {n}" for n in range(4)]
 
 
 def test_sealing_an_incomplete_shard_is_refused_and_writes_nothing(ledger: Ledger) -> None:
