@@ -47,7 +47,7 @@ _UNWATCHED = Unwatched("generate")
 
 
 class Generate:
-    """Maps a block of `Preprocess` to a block for the sink (the columns: actors/columns.py)."""
+    """Maps a block of `Preprocess` to a block for the ledger (the columns: actors/columns.py)."""
 
     def __init__(self, config: GenerateConfig, attempts: Attempts = _UNWATCHED) -> None:
         self._attempts, self._guard = attempts, Guard(attempts)  # first: a death while loading counts as one

@@ -1,10 +1,10 @@
-"""The dataflow: read -> split -> preprocess -> generate -> publish, and the loop that watches it.
+"""The dataflow: read -> split -> preprocess -> generate and publish, and the loop that watches it.
 
-    input shards                                                                    output
-    ────────────> ShardSource ──> repartition ──> Preprocess ──> Generate ──> JournalSink ──> journal parts
-                  a task a shard,  BLOCK_ROWS      CPU actors:    GPU actors:   a part a           │ seal
-                  only the rows    rows a block    decode, tile,  the engine    block              v
-                  that remain                      tokenise                             data/<shard>.parquet
+    input shards                                                               output
+    ────────────> ShardSource ──> repartition ──> Preprocess ──> Generate ────────────> journal parts
+                  a task a shard,  BLOCK_ROWS      CPU actors:    GPU actors:                │ seal
+                  only the rows    rows a block    decode, tile,  the engine;                v
+                  that remain                      tokenise       a part a block      data/<shard>.parquet
 
 Ray Data moves the blocks, scales the actor pools and holds a fast stage back when the next one falls behind.
 
@@ -43,6 +43,11 @@ if TYPE_CHECKING:
 
 BLOCK_ROWS = 32  # rows of a block, hence of a journal part: a kill costs a few of these
 _BLOCKS_AT_ONCE = 4  # that feed one engine: it stays full while the last rows of a block finish
+
+# Ray Data shares a cluster out among its drivers, and a driver that was killed keeps its share for this long: 180 s
+# by default, in which a run that goes on with its work may get no CPU at all. Live drivers ask again every 10 s.
+# Ray reads it when ray.data is imported, which is later.
+os.environ.setdefault("RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S", "30")
 
 
 def run(spec: JobSpec, show: Display, take_over: bool = False) -> Outcome:
@@ -139,15 +144,20 @@ def verified(ledger: Ledger, shards: Sequence[Shard], show: Display) -> Verifica
     return verification
 
 
-def dataset(spec: JobSpec, work: Sequence[ShardWork], kept: pa.Schema, fence: Fence) -> ray.data.Dataset:
-    """The lazy Ray Data pipeline over the rows of `work`, up to the captions; Ray is initialised."""
+def dataset(
+    spec: JobSpec, work: Sequence[ShardWork], kept: pa.Schema, ledger: Ledger, fence: Fence, folder: str
+) -> ray.data.Dataset:
+    """The lazy Ray Data pipeline over the rows of `work`, whose captions become parts in `folder` of `ledger`.
+
+    Its rows are those of stages.py: one for each part. Ray is initialised.
+    """
     import ray.data
     from ray.data import ActorPoolStrategy
 
     from pipeline.cluster import IO_TASK_CPUS, generate_cpus
     from pipeline.deaths import RayAttempts, watch
-    from pipeline.drain import Generate, Preprocess
     from pipeline.source import ShardSource
+    from pipeline.stages import Generate, Preprocess
 
     source = ShardSource(work, spec.input.image, needed_columns(spec, work[0].shard.schema), kept, fence)
     preprocess, generate = spec.resources.preprocess, spec.resources.generate
@@ -166,7 +176,13 @@ def dataset(spec: JobSpec, work: Sequence[ShardWork], kept: pa.Schema, fence: Fe
         )
         .map_batches(
             Generate,
-            fn_constructor_args=(fence, _generate_config(spec, kept), RayAttempts("generate", register)),
+            fn_constructor_args=(
+                fence,
+                _generate_config(spec, kept),
+                RayAttempts("generate", register),
+                ledger,
+                folder,
+            ),
             batch_format="pyarrow",
             batch_size=BLOCK_ROWS,
             zero_copy_batch=True,
@@ -211,15 +227,23 @@ def _caption(spec: JobSpec, session: Session, shards: Sequence[Shard], kept: pa.
                 sealing[state.shard.name] = seal.remote(session.ledger, state.shard, kept, state.parts)
 
     generate(spec, session, work, kept, JOURNAL, look)
-    import ray
-
-    session.storage_retries += sum(ray.get(list(sealing.values())))
+    session.storage_retries += sum(map(_retries_of, sealing.values()))
 
 
 def _seal(ledger: Ledger, shard: Shard, kept: pa.Schema, parts: Sequence[str]) -> int:
     """Seals a shard, somewhere on the cluster; returns how often storage was tried again."""
     ledger.seal(shard, kept, parts)
     return RETRIES.take()
+
+
+def _retries_of(sealing: Any) -> int:
+    """What a sealing task returned; 0 if it failed: the driver then seals that shard and tells what is wrong."""
+    import ray
+
+    try:
+        return int(ray.get(sealing))
+    except ray.exceptions.RayError:
+        return 0
 
 
 def generate(
@@ -234,19 +258,20 @@ def generate(
     _check_checkpoint(spec)
     session.show.phase("starting Ray")
     from pipeline import cluster
-    from pipeline.sink import JournalSink
+    from pipeline.stages import STORAGE_RETRIES
 
     cluster.connect(spec.resources)
     session.signals.install()  # Ray has put its own in place
     cluster.preflight(spec.resources, cluster.capacity())
     _quieten()
     session.show.phase("loading the model")
-    captions = dataset(spec, work, kept, session.lease.fence)
-    sink = JournalSink(session.ledger, folder)
-    session.watch(
-        lambda: captions.write_datasink(sink, ray_remote_args={"num_cpus": cluster.IO_TASK_CPUS}), look
-    )
-    session.storage_retries += sink.storage_retries
+    parts = dataset(spec, work, kept, session.ledger, session.lease.fence, folder)
+
+    def work_through() -> None:
+        for part in parts.iter_rows():
+            session.storage_retries += int(part[STORAGE_RETRIES])
+
+    session.watch(work_through, look)
 
 
 def _check_checkpoint(spec: JobSpec) -> None:

@@ -152,7 +152,9 @@ class Ledger:
         self.guard()
         while not self.storage.create_exclusive(path, data):  # a seal is there, or a file of an older version
             with suppress(FileNotFoundError):
-                version = self.storage.read_version(path)[1]  # first: a seal that comes after it fails the swap
+                version = self.storage.read_version(path)[
+                    1
+                ]  # first: a seal that comes after it fails the swap
                 seal = self.seal_of(shard)
                 if seal:
                     return seal.stats

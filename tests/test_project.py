@@ -36,9 +36,8 @@ DRIVES_RAY = {
     "pipeline.cluster",
     "pipeline.dataflow",
     "pipeline.deaths",
-    "pipeline.drain",
-    "pipeline.sink",
     "pipeline.source",
+    "pipeline.stages",
 }
 # Distribution -> module, where they differ.
 MODULE_OF = {"pillow": "PIL", "pyyaml": "yaml"}

@@ -27,7 +27,7 @@ def shard(name: str, rows: int, fingerprint: str = "v1") -> Shard:
 def captions(
     name: str, rows: Iterable[int], version: str = "v1", failed: Collection[int] = (), text: str = "caption"
 ) -> pa.Table:
-    """What Generate hands to the sink: a function of the row, `failed` rows carry an error."""
+    """What Generate hands to the ledger: a function of the row, `failed` rows carry an error."""
     error = {"kind": "decode", "stage": "preprocess", "message": "cut off"}
     lines = [
         (f"{name}:{row}", row / 2, name, row, version)
