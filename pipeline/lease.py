@@ -10,8 +10,10 @@ process, and needs no waiting.
 
 A run that was paused and lost its lease must not go on writing. So every writer, on whatever machine, reads the lease
 right before it publishes, seals or deletes (`Fence.check`). What remains is the moment between that read and the
-write. It is harmless: a part is named after its rows and holds captions of the same spec as anybody's; a seal is
-created or swapped, never blindly overwritten; and only what is sealed and readable is deleted (ledger.py).
+write. It is harmless: a part is named after its rows and holds captions of the same spec as anybody's, for a spec
+changes only while the output holds none; a seal is created or swapped for the version it was compared with, never
+blindly overwritten; and only what is sealed and readable is deleted (ledger.py). One case is left: a run paused in
+that moment before its very first part, and succeeded by a run of another spec, leaves that one part behind.
 """
 
 import json

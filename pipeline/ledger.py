@@ -182,8 +182,8 @@ class Ledger:
         ]
         self.guard()
         self.storage.delete(done)
-        self.storage.delete_temporary(JOURNAL)
-        self.storage.delete_temporary(DATA)
+        for folder in ("_tessera", DATA):
+            self.storage.delete_temporary(folder)
         return done
 
     def verify(self, shards: Sequence[Shard]) -> Verification:

@@ -94,7 +94,7 @@ def test_a_lease_from_tomorrow_is_judged_by_its_beat_not_by_its_clock(s3_url):
         patch.setattr(lease, "EXPIRY_SECONDS", 2.0)
         began = time.monotonic()
         with lease.acquire(storage, "r2"):
-            assert 2 <= time.monotonic() - began < 60
+            assert time.monotonic() - began >= 2
             holder = lease.holder_of(storage)
             assert holder and holder.run == "r2"
         assert lease.holder_of(storage) is None

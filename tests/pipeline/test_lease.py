@@ -75,7 +75,7 @@ def test_a_crashed_holder_far_away_expires_by_our_own_stopwatch(storage: Storage
     silent(storage, since="2099-01-01 00:00:00 UTC")  # whatever its clock says
     began = time.monotonic()
     with acquire(storage, "next"):
-        assert 1.0 <= time.monotonic() - began < 5
+        assert time.monotonic() - began >= 1
 
 
 def test_a_crashed_holder_on_this_machine_needs_no_waiting(storage: Storage) -> None:
@@ -85,9 +85,8 @@ def test_a_crashed_holder_on_this_machine_needs_no_waiting(storage: Storage) -> 
     )
     subprocess.run([sys.executable, "-c", code, storage.url], cwd=Path(__file__).parents[2], check=False)
     assert holder_of(storage).is_dead  # type: ignore[union-attr]
-    began = time.monotonic()
     with acquire(storage, "next", say=pytest.fail):
-        assert time.monotonic() - began < 0.9
+        assert holder_of(storage).run == "next"  # type: ignore[union-attr]
 
 
 def test_a_reused_pid_is_not_its_predecessor(storage: Storage) -> None:
