@@ -1,4 +1,4 @@
-"""The columns that travel between source, actors and sink, named once.
+"""The columns that travel between source, actors and ledger, named once.
 
 A leading underscore marks Tessera's own columns: they identify a row or carry it between stages and never reach
 the sealed output. Everything else in a block is the user's, or a result.

@@ -1,7 +1,8 @@
 """Generate: a GPU actor that turns tiles and token ids into captions.
 
 It holds one replica of the model behind an engine. Rows that already failed pass through; a row that fails here
-becomes an error row. An exception that escapes, such as a lost device, ends the job; running it again goes on.
+becomes an error row. A lost device ends the process, so that Ray replaces it: an exception that escaped would end
+the job. The rows in flight are tried again (see actors/attempts.py).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from actors.attempts import Attempts, Guard, Unwatched
 from actors.columns import (
     ERROR,
     IDENTITY,
@@ -25,7 +27,7 @@ from actors.columns import (
     TOKEN_IDS,
     error_value,
 )
-from actors.engine import Completion, EngineName, Request, Sampling, build_engine, row_seed
+from actors.engine import Completion, DeviceLost, EngineName, Request, Sampling, build_engine, row_seed
 from actors.families import load_family, load_model
 
 
@@ -41,10 +43,14 @@ class GenerateConfig:
     keep: tuple[str, ...]
 
 
-class Generate:
-    """Maps a block of `Preprocess` to a block for the sink (the columns: actors/columns.py)."""
+_UNWATCHED = Unwatched("generate")
 
-    def __init__(self, config: GenerateConfig) -> None:
+
+class Generate:
+    """Maps a block of `Preprocess` to a block for the ledger (the columns: actors/columns.py)."""
+
+    def __init__(self, config: GenerateConfig, attempts: Attempts = _UNWATCHED) -> None:
+        self._attempts, self._guard = attempts, Guard(attempts)  # first: a death while loading counts as one
         self.config = config
         self.family = load_family(config.model_path, config.revision)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -52,6 +58,12 @@ class Generate:
         self.engine = build_engine(config.engine, self.family, model)
 
     def __call__(self, block: pa.Table) -> pa.Table:
+        try:
+            return self._guard.run(block, self._generate)
+        except (DeviceLost, torch.AcceleratorError) as error:
+            self._attempts.end_process(error)
+
+    def _generate(self, block: pa.Table) -> pa.Table:
         rows: list[dict[str, Any]] = [
             _result(error=error, prompt_tokens=0, image_tokens=0) for error in block[ERROR].to_pylist()
         ]

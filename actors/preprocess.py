@@ -1,7 +1,8 @@
 """Preprocess: a CPU actor that turns encoded images and prompts into tiles and token ids.
 
 It holds a `Family` (tokenizer and processor config, no weights) and maps one block to one block. Whatever goes
-wrong with a row is written into that row's `error` column; the block always comes out whole.
+wrong with a row is written into that row's `error` column; the block always comes out whole, even when a row of it
+kills the process (see actors/attempts.py).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from actors.attempts import Attempts, Guard, Unwatched
 from actors.columns import (
     ERROR,
     ERROR_TYPE,
@@ -75,10 +77,14 @@ class _Video:
     size: VideoSize
 
 
+_UNWATCHED = Unwatched("preprocess")
+
+
 class Preprocess:
     """Maps a block of the source's columns to a block for `Generate` (the columns: actors/columns.py)."""
 
-    def __init__(self, config: PreprocessConfig) -> None:
+    def __init__(self, config: PreprocessConfig, attempts: Attempts = _UNWATCHED) -> None:
+        self._guard = Guard(attempts)  # first, so that a death while loading counts as one
         # One replica, one core: parallelism comes from replicas, and more threads would only fight over cores.
         torch.set_num_threads(1)
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -86,6 +92,9 @@ class Preprocess:
         self.family = load_family(config.model_path, config.revision)
 
     def __call__(self, block: pa.Table) -> pa.Table:
+        return self._guard.run(block, self._preprocess)
+
+    def _preprocess(self, block: pa.Table) -> pa.Table:
         values = {name: block[name].to_pylist() for name in self.config.prompt_columns}
         images, videos, errors = block[IMAGES], block[VIDEO], block[ERROR].to_pylist()
         rows: list[_Prepared | None] = []

@@ -1,33 +1,46 @@
 """`tessera`: the command line. Every command is a thin call into `pipeline`.
 
 Exit codes: 0 done, 1 the job broke, 2 the job spec is wrong (or the arguments are), 3 done but more rows failed
-than `limits.max_failed_fraction` allows. Each but 0 comes with one sentence on standard error.
+than `limits.max_failed_fraction` allows, 4 another run holds the output (or took it over), 5 stopped by SIGTERM,
+130 by Ctrl-C. Each but 0 comes with one sentence on standard error.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, get_args
 
-OK, BROKEN, BAD_SPEC, TOO_MANY_ERRORS = 0, 1, 2, 3
+from actors.errors import ErrorKind
+
+if TYPE_CHECKING:
+    from pipeline.outcome import Outcome
+    from pipeline.spec import JobSpec
+
+OK, BROKEN, BAD_SPEC, TOO_MANY_ERRORS, HELD, STOPPED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; bad arguments exit with 2."""
     options = _parser().parse_args(arguments)
     # Imported here, so that `tessera --help` answers at once.
+    from pipeline.lease import LeaseHeld, LeaseLost
     from pipeline.ledger import LedgerMismatch
     from pipeline.spec import SpecError
+    from pipeline.stop import Stopped
 
     try:
         code: int = options.command(options)
     except (SpecError, LedgerMismatch) as error:
         return _fail(BAD_SPEC, error)
+    except (LeaseHeld, LeaseLost) as error:
+        return _fail(HELD, error)
+    except Stopped as stop:
+        return _fail(INTERRUPTED if stop.number == signal.SIGINT else STOPPED, stop)
     except KeyboardInterrupt:
-        return _fail(
-            130, "interrupted; what was captioned so far is kept, and the same command goes on from there"
-        )
+        return _fail(INTERRUPTED, "interrupted")
     except (OSError, RuntimeError) as error:
         return _fail(BROKEN, error)
     return code
@@ -42,43 +55,79 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="run a job, or go on with one", description=run_job.__doc__)
     run.add_argument("spec", metavar="JOB.yaml", help="the job spec: a file or any fsspec URL")
-    add_set_option(run)
-    run.set_defaults(command=lambda options: run_job(options.spec, options.set))
+    run.set_defaults(command=run_job)
+
+    retry = commands.add_parser("retry", help="try error rows again", description=retry_job.__doc__)
+    retry.add_argument(
+        "--only",
+        required=True,
+        metavar="KIND[,KIND]",
+        help=f"kinds of errors: {', '.join(get_args(ErrorKind))}",
+    )
+    retry.set_defaults(command=retry_job)
+    for command in (run, retry):
+        command.add_argument(
+            "--take-over",
+            action="store_true",
+            help="take the output from the run that holds it; it then ends",
+        )
 
     status = commands.add_parser("status", help="how far a job is, from its files alone")
     verify = commands.add_parser("verify", help="recount a job: every input row captioned exactly once")
     report = commands.add_parser("report", help="write a contact sheet of pictures and captions (HTML)")
-    for command, function in ((status, _status), (verify, _verify), (report, _report)):
-        command.add_argument("spec", metavar="JOB.yaml", help="the job spec that was run")
-        add_set_option(command)
-        command.set_defaults(command=function)
+    status.set_defaults(command=_status)
+    verify.set_defaults(command=_verify)
+    report.set_defaults(command=_report)
+    for command in (retry, status, verify, report):
+        command.add_argument("spec", metavar="OUT", help="the job's output, or the job spec that was run")
+    for command in (run, retry, status, verify, report):
+        command.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="FIELD=VALUE",
+            help="override a field of the spec, e.g. --set generation.max_new_tokens=64 (repeatable)",
+        )
     report.add_argument("-o", "--out", default="report.html", help="the page to write (%(default)s)")
     report.add_argument("--rows", type=int, default=60, help="rows to show (%(default)s)")
     report.add_argument("--truth", metavar="COLUMN", help="kept column to compare captions with")
     return parser
 
 
-def add_set_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="override a field of the spec, e.g. --set generation.max_new_tokens=64 (repeatable)",
-    )
-
-
-def run_job(spec_path: str, overrides: Sequence[str]) -> int:
+def run_job(options: argparse.Namespace) -> int:
     """Captions the rows that have no caption yet and seals finished shards. Safe to repeat and to kill."""
     from pipeline.spec import load_spec
 
-    spec = load_spec(spec_path, overrides)  # before the slow imports: a typo is told at once
+    spec = load_spec(options.spec, options.set)  # before the slow imports: a typo is told at once
 
     from pipeline.dataflow import run
     from pipeline.progress import display
 
     with display(spec.name, sys.stderr) as show:
-        outcome = run(spec, show)
+        outcome = run(spec, show, options.take_over)
+    return _told(spec, outcome)
+
+
+def retry_job(options: argparse.Namespace) -> int:
+    """Tries the error rows of some kinds again and puts the results in their place; no other row is touched."""
+    from pipeline.job import load_job
+
+    kinds = tuple(kind.strip() for kind in options.only.split(","))
+    unknown = [kind for kind in kinds if kind not in get_args(ErrorKind)]
+    if unknown:
+        known = ", ".join(get_args(ErrorKind))
+        return _fail(BAD_SPEC, f"--only: there is no kind of error {unknown[0]!r}; there are {known}")
+    spec = load_job(options.spec, options.set)
+
+    from pipeline.dataflow import retry
+    from pipeline.progress import display
+
+    with display(spec.name, sys.stderr) as show:
+        outcome = retry(spec, kinds, show, options.take_over)
+    return _told(spec, outcome)
+
+
+def _told(spec: JobSpec, outcome: Outcome) -> int:
     print(outcome.describe())
     if outcome.failed_fraction > spec.limits.max_failed_fraction:
         return _fail(
@@ -90,19 +139,19 @@ def run_job(spec_path: str, overrides: Sequence[str]) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from pipeline.dataflow import status
-    from pipeline.spec import load_spec
+    from pipeline.job import load_job
+    from pipeline.status import status
 
-    print(status(load_spec(options.spec, options.set)))
+    print(status(load_job(options.spec, options.set)))
     return OK
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from pipeline.job import load_job
     from pipeline.ledger import Ledger
     from pipeline.shards import discover
-    from pipeline.spec import load_spec
 
-    spec = load_spec(options.spec, options.set)
+    spec = load_job(options.spec, options.set)
     verification = Ledger(spec.output.path).verify(discover(spec.input))
     print(verification.describe())
     return OK if verification.ok else BROKEN
@@ -111,12 +160,12 @@ def _verify(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from pathlib import Path
 
+    from pipeline.job import load_job
     from pipeline.ledger import Ledger
     from pipeline.report import render
     from pipeline.report_reader import read_section
-    from pipeline.spec import load_spec
 
-    spec = load_spec(options.spec, options.set)
+    spec = load_job(options.spec, options.set)
     seconds = sum(run["seconds"] for run in Ledger(spec.output.path).runs()) or None
     section = read_section(spec, limit=options.rows, truth=options.truth, seconds=seconds)
     page = render([section], title=spec.name)

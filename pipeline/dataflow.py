@@ -1,10 +1,10 @@
-"""The dataflow: read -> split -> preprocess -> generate -> publish, and the loop that watches it.
+"""The dataflow: read -> split -> preprocess -> generate and publish, and the loop that watches it.
 
-    input shards                                                                    output
-    ────────────> ShardSource ──> repartition ──> Preprocess ──> Generate ──> JournalSink ──> journal parts
-                  a task a shard,  BLOCK_ROWS      CPU actors:    GPU actors:   a part a           │ seal
-                  only the rows    rows a block    decode, tile,  the engine    block              v
-                  that remain                      tokenise                             data/<shard>.parquet
+    input shards                                                               output
+    ────────────> ShardSource ──> repartition ──> Preprocess ──> Generate ────────────> journal parts
+                  a task a shard,  BLOCK_ROWS      CPU actors:    GPU actors:                │ seal
+                  only the rows    rows a block    decode, tile,  the engine;                v
+                  that remain                      tokenise       a part a block      data/<shard>.parquet
 
 Ray Data moves the blocks, scales the actor pools and holds a fast stage back when the next one falls behind.
 
@@ -17,103 +17,157 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
-import time
-import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from pipeline.amend import failed_rows, merge_retried
 from pipeline.columns import job_schema, needed_columns
 from pipeline.entries import Stats
-from pipeline.ledger import Ledger
-from pipeline.outcome import JobError, Outcome, root_cause
+from pipeline.files import absolute
+from pipeline.lease import Fence
+from pipeline.ledger import JOURNAL, RETRY, Ledger
+from pipeline.outcome import JobError, Outcome
 from pipeline.progress import Display, Progress
+from pipeline.session import Session, open_session
 from pipeline.shards import Shard, discover
 from pipeline.spec import JobSpec
-from pipeline.state import Plan
-from pipeline.storage import absolute
+from pipeline.state import Plan, Verification
+from pipeline.weather import RETRIES
 
 if TYPE_CHECKING:
     import ray
 
+    from pipeline.source import ShardWork
+
 BLOCK_ROWS = 32  # rows of a block, hence of a journal part: a kill costs a few of these
 _BLOCKS_AT_ONCE = 4  # that feed one engine: it stays full while the last rows of a block finish
-# Between two looks at the journal, at least: looking takes no more than a fifth of the time.
-_POLL_SECONDS = 1.0
+
+# Ray Data shares a cluster out among its drivers, and a driver that was killed keeps its share for this long: 180 s
+# by default, in which a run that goes on with its work may get no CPU at all. Live drivers ask again every 10 s.
+# Ray reads it when ray.data is imported, which is later.
+os.environ.setdefault("RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S", "30")
 
 
-def run(spec: JobSpec, show: Display) -> Outcome:
+def run(spec: JobSpec, show: Display, take_over: bool = False) -> Outcome:
     """Captions every row that has no caption yet, seals, verifies, and says how it went.
 
-    Raises SpecError or LedgerMismatch for a job that must not start, ClusterError for one that cannot, and JobError
-    for one that broke; whatever was published by then is kept.
+    Raises SpecError or LedgerMismatch for a job that must not start, LeaseHeld where another run is at it (unless
+    `take_over`), ClusterError where it cannot be placed, JobError, LeaseLost or Stopped for one that ended early;
+    whatever was published by then is kept.
     """
     show.phase("looking at input and output")
     shards = discover(spec.input)
     kept = job_schema(spec, shards)
     ledger = Ledger(spec.output.path)
-    ledger.bind(spec)
-    plan = ledger.plan(shards)
-    started = _Run(plan)
-    if not plan.finished:
-        ledger.clear_success()
+    ledger.check(spec)
+    if ledger.succeeded() and ledger.plan(shards).finished and not ledger.retried():
+        verification = verified(ledger, shards, show)
+        return Outcome.of(spec, verification)  # nothing is written, so no lease is needed
+    with open_session(spec, take_over, show) as session:
+        ledger = session.ledger
+        ledger.bind(spec)
+        plan = ledger.plan(shards)
+        if not plan.finished:
+            ledger.clear_success()
         if plan.to_caption:
-            _caption(spec, ledger, shards, kept, plan, started, show)
+            _caption(spec, session, shards, kept, plan)
         show.phase("sealing")
         for state in ledger.plan(shards).to_seal:
             ledger.seal(state.shard, kept, state.parts)
+        merge_retried(ledger, shards)
         ledger.sweep(shards)
+        verification = verified(ledger, shards, show)
+        ledger.write_success(verification)
+        stats = verification.stats
+        outcome = Outcome.of(
+            spec,
+            verification,
+            captioned=stats.rows - plan.rows_done,
+            generated_tokens=stats.generated_tokens - plan.stats.generated_tokens,
+            seconds=session.seconds,
+            storage_retries=session.retries(),
+        )
+        session.record = outcome.record()
+        return outcome
+
+
+def retry(spec: JobSpec, kinds: Collection[str], show: Display, take_over: bool = False) -> Outcome:
+    """Tries the error rows of some kinds again and amends their sealed shards; raises as `run` does."""
+    show.phase("looking at input and output")
+    shards = discover(spec.input)
+    kept = job_schema(spec, shards)
+    Ledger(spec.output.path).check(spec)
+    with open_session(spec, take_over, show) as session:
+        ledger = session.ledger
+        merge_retried(ledger, shards)  # what a killed retry had done already
+        failed = failed_rows(ledger, shards, kinds)
+        total = sum(len(rows) for _, rows in failed)
+        if total:
+            from pipeline.source import ShardWork
+
+            ledger.clear_success()
+            work = [ShardWork(shard, rows) for shard, rows in failed]
+            generate(spec, session, work, kept, RETRY, lambda: _show_retried(session, total))
+            show.phase("amending sealed shards")
+            merge_retried(ledger, shards)
+        verification = verified(ledger, shards, show)
+        ledger.write_success(verification)
+        outcome = Outcome.of(
+            spec, verification, captioned=total, seconds=session.seconds, storage_retries=session.retries()
+        )
+        session.record = outcome.record()
+        return outcome
+
+
+def _show_retried(session: Session, total: int) -> None:
+    stats = Stats.total(entry.stats for part in session.ledger.retried() for entry in part.entries.values())
+    progress = Progress(
+        total=total,
+        done=stats.rows,
+        errors=stats.failed,
+        captioned=stats.rows,
+        generated_tokens=stats.generated_tokens,
+        seconds=session.seconds,
+    )
+    session.show.update(progress)
+    session.record = progress.record()
+
+
+def verified(ledger: Ledger, shards: Sequence[Shard], show: Display) -> Verification:
+    """The recount of an output that should be complete; JobError if it is not."""
     show.phase("verifying")
     verification = ledger.verify(shards)
     if not verification.ok:
-        raise JobError(f"the output at {spec.output.path} is {verification.describe()}")
-    if not ledger.succeeded():
-        ledger.write_success(verification)
-    outcome = started.outcome(spec, verification.stats)
-    if outcome.captioned:
-        ledger.record_run(started.id, outcome.record())
-    return outcome
+        raise JobError(f"the output at {ledger.storage.url} is {verification.describe()}")
+    return verification
 
 
-def status(spec: JobSpec) -> str:
-    """How far the job is, for people: from its files alone, without a cluster and while it runs."""
-    shards = discover(spec.input)
-    ledger = Ledger(spec.output.path)
-    plan = ledger.plan(shards)
-    sealed = sum(state.sealed for state in plan.shards)
-    errors = "".join(f"\n  {count:,} {kind} errors" for kind, count in plan.stats.errors.items())
-    runs = "".join(
-        f"\n  run {run['run']}: {run['captioned']:,} rows in {run['seconds']:,.0f} s, {run['rows_per_s']:,.1f} rows/s"
-        for run in ledger.runs()[-5:]
-    )
-    complete = "complete" if ledger.succeeded() else "not complete"
-    return (
-        f"{spec.name}: {complete}, {plan.rows_done:,} of {plan.rows:,} rows done, "
-        f"{sealed:,} of {len(plan.shards):,} shards sealed{errors}{runs}"
-    )
+def dataset(
+    spec: JobSpec, work: Sequence[ShardWork], kept: pa.Schema, ledger: Ledger, fence: Fence, folder: str
+) -> ray.data.Dataset:
+    """The lazy Ray Data pipeline over the rows of `work`, whose captions become parts in `folder` of `ledger`.
 
-
-def dataset(spec: JobSpec, plan: Plan, kept: pa.Schema) -> ray.data.Dataset:
-    """The lazy Ray Data pipeline over the plan's remaining rows, up to the captions."""
+    Its rows are those of stages.py: one for each part. Ray is initialised.
+    """
     import ray.data
     from ray.data import ActorPoolStrategy
 
-    from actors.generate import Generate
-    from actors.preprocess import Preprocess
     from pipeline.cluster import IO_TASK_CPUS, generate_cpus
-    from pipeline.source import ShardSource, ShardWork
+    from pipeline.deaths import RayAttempts, watch
+    from pipeline.source import ShardSource
+    from pipeline.stages import Generate, Preprocess
 
-    work = [ShardWork(state.shard, state.remaining) for state in plan.to_caption]
-    source = ShardSource(work, spec.input, needed_columns(spec, work[0].shard.schema), kept)
+    source = ShardSource(work, spec.input, needed_columns(spec, work[0].shard.schema), kept, fence)
     preprocess, generate = spec.resources.preprocess, spec.resources.generate
+    register = watch()
     return (
         ray.data.read_datasource(source, num_cpus=IO_TASK_CPUS, override_num_blocks=len(work))
         .repartition(target_num_rows_per_block=BLOCK_ROWS)
         .map_batches(
             Preprocess,
-            fn_constructor_args=(_preprocess_config(spec, kept),),
+            fn_constructor_args=(fence, _preprocess_config(spec, kept), RayAttempts("preprocess", register)),
             batch_format="pyarrow",
             batch_size=None,  # a block as it comes
             zero_copy_batch=True,
@@ -122,7 +176,13 @@ def dataset(spec: JobSpec, plan: Plan, kept: pa.Schema) -> ray.data.Dataset:
         )
         .map_batches(
             Generate,
-            fn_constructor_args=(_generate_config(spec, kept),),
+            fn_constructor_args=(
+                fence,
+                _generate_config(spec, kept),
+                RayAttempts("generate", register),
+                ledger,
+                folder,
+            ),
             batch_format="pyarrow",
             batch_size=BLOCK_ROWS,
             zero_copy_batch=True,
@@ -138,52 +198,80 @@ def dataset(spec: JobSpec, plan: Plan, kept: pa.Schema) -> ray.data.Dataset:
     )
 
 
-def _caption(
-    spec: JobSpec,
-    ledger: Ledger,
-    shards: Sequence[Shard],
-    kept: pa.Schema,
-    plan: Plan,
-    run: _Run,
-    show: Display,
-) -> None:
-    """Runs the pipeline to its end, and meanwhile shows progress and seals what is complete."""
-    _check_checkpoint(spec)
-    show.phase("starting Ray")
+def _caption(spec: JobSpec, session: Session, shards: Sequence[Shard], kept: pa.Schema, plan: Plan) -> None:
+    """Runs the pipeline over what remains, and meanwhile shows progress and seals what is complete."""
+    from pipeline.source import ShardWork
+
+    work = [ShardWork(state.shard, state.remaining) for state in plan.to_caption]
+    sealing: dict[str, Any] = {}
+
+    def look() -> None:
+        import ray
+
+        from pipeline.cluster import IO_TASK_CPUS
+
+        now = session.ledger.plan(shards)
+        progress = Progress(
+            total=now.rows,
+            done=now.rows_done,
+            errors=now.stats.failed,
+            captioned=now.rows_done - plan.rows_done,
+            generated_tokens=now.stats.generated_tokens - plan.stats.generated_tokens,
+            seconds=session.seconds,
+        )
+        session.show.update(progress)
+        session.record = progress.record()
+        seal = ray.remote(num_cpus=IO_TASK_CPUS)(_seal)
+        for state in now.to_seal:
+            if state.shard.name not in sealing and not session.signals.received:
+                sealing[state.shard.name] = seal.remote(session.ledger, state.shard, kept, state.parts)
+
+    generate(spec, session, work, kept, JOURNAL, look)
+    session.storage_retries += sum(map(_retries_of, sealing.values()))
+
+
+def _seal(ledger: Ledger, shard: Shard, kept: pa.Schema, parts: Sequence[str]) -> int:
+    """Seals a shard, somewhere on the cluster; returns how often storage was tried again."""
+    ledger.seal(shard, kept, parts)
+    return RETRIES.take()
+
+
+def _retries_of(sealing: Any) -> int:
+    """What a sealing task returned; 0 if it failed: the driver then seals that shard and tells what is wrong."""
     import ray
 
+    try:
+        return int(ray.get(sealing))
+    except ray.exceptions.RayError:
+        return 0
+
+
+def generate(
+    spec: JobSpec,
+    session: Session,
+    work: Sequence[ShardWork],
+    kept: pa.Schema,
+    folder: str,
+    look: Callable[[], None],
+) -> None:
+    """Runs the pipeline over `work` to its end; its captions become parts in `folder`. `look` is called meanwhile."""
+    _check_checkpoint(spec)
+    session.show.phase("starting Ray")
     from pipeline import cluster
-    from pipeline.sink import JournalSink
+    from pipeline.stages import STORAGE_RETRIES
 
     cluster.connect(spec.resources)
+    session.signals.install()  # Ray has put its own in place
     cluster.preflight(spec.resources, cluster.capacity())
     _quieten()
-    show.phase("loading the model")
-    captions = dataset(spec, plan, kept)
-    writing = _Background(
-        lambda: captions.write_datasink(
-            JournalSink(ledger), ray_remote_args={"num_cpus": cluster.IO_TASK_CPUS}
-        )
-    )
-    seal = ray.remote(num_cpus=cluster.IO_TASK_CPUS)(Ledger.seal)
-    sealing: dict[str, Any] = {}
-    looked = 0.0
-    while True:
-        over = writing.wait(max(_POLL_SECONDS, 4 * looked))
-        began = time.monotonic()
-        now = ledger.plan(shards)
-        looked = time.monotonic() - began
-        show.update(run.progress(now))
-        for state in now.to_seal:
-            if state.shard.name not in sealing:
-                sealing[state.shard.name] = seal.remote(ledger, state.shard, kept, state.parts)
-        if over:
-            break
-    try:
-        writing.result()
-        ray.get(list(sealing.values()))
-    except Exception as error:
-        raise JobError(root_cause(error)) from error
+    session.show.phase("loading the model")
+    parts = dataset(spec, work, kept, session.ledger, session.lease.fence, folder)
+
+    def work_through() -> None:
+        for part in parts.iter_rows():
+            session.storage_retries += int(part[STORAGE_RETRIES])
+
+    session.watch(work_through, look)
 
 
 def _check_checkpoint(spec: JobSpec) -> None:
@@ -242,57 +330,3 @@ def _quieten() -> None:
     ray.data.DataContext.get_current().enable_progress_bars = False
     for name in ("ray.data", "ray"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-
-
-class _Run:
-    """This run against the output it found: what it added, since when."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.id = time.strftime("%Y%m%dT%H%M%SZ-", time.gmtime()) + uuid.uuid4().hex[:6]
-        self.before = plan
-        self.began = time.monotonic()
-
-    def progress(self, now: Plan) -> Progress:
-        captioned = now.rows_done - self.before.rows_done
-        return Progress(
-            total=now.rows,
-            done=now.rows_done,
-            errors=now.stats.failed,
-            captioned=captioned,
-            generated_tokens=now.stats.generated_tokens - self.before.stats.generated_tokens,
-            seconds=time.monotonic() - self.began,
-        )
-
-    def outcome(self, spec: JobSpec, stats: Stats) -> Outcome:
-        return Outcome(
-            name=spec.name,
-            output=spec.output.path,
-            stats=stats,
-            captioned=stats.rows - self.before.rows_done,
-            generated_tokens=stats.generated_tokens - self.before.stats.generated_tokens,
-            seconds=time.monotonic() - self.began,
-        )
-
-
-class _Background:
-    """A function in a daemon thread: the main thread stays free for progress, signals and Ctrl-C."""
-
-    def __init__(self, function: Any) -> None:
-        self._done = threading.Event()
-        self._error: BaseException | None = None
-        threading.Thread(target=self._call, args=(function,), daemon=True).start()
-
-    def _call(self, function: Any) -> None:
-        try:
-            function()
-        except BaseException as error:
-            self._error = error
-        finally:
-            self._done.set()
-
-    def wait(self, seconds: float) -> bool:
-        return self._done.wait(seconds)
-
-    def result(self) -> None:
-        if self._error is not None:
-            raise self._error

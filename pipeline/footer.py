@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.files import read_range
+
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
@@ -22,19 +24,15 @@ class NotParquetError(ValueError):
 
 def read_footer(filesystem: "AbstractFileSystem", path: str, size: int) -> pq.FileMetaData:
     """The metadata of a parquet file of `size` bytes; raises NotParquetError or OSError."""
-    tail = _range(filesystem, path, max(0, size - TAIL_BYTES), size)
+    tail = read_range(filesystem, path, max(0, size - TAIL_BYTES), size)
     if len(tail) < 12 or tail[-4:] != b"PAR1":
         raise NotParquetError("is not a parquet file, or is cut off")
     needed = int.from_bytes(tail[-8:-4], "little") + 8
     if needed > size:
         raise NotParquetError("is a damaged parquet file")
     if needed > len(tail):
-        tail = _range(filesystem, path, size - needed, size)
+        tail = read_range(filesystem, path, size - needed, size)
     try:
         return pq.read_metadata(pa.BufferReader(tail))
     except (pa.ArrowException, OSError) as error:
         raise NotParquetError(f"has a damaged parquet footer ({error})") from None
-
-
-def _range(filesystem: "AbstractFileSystem", path: str, start: int, end: int) -> bytes:
-    return bytes(filesystem.cat_file(path, start=start, end=end)) if end > start else b""

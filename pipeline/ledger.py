@@ -3,6 +3,8 @@
     <output>/data/<shard>.parquet             sealed: every row of one input shard, in input order
     <output>/_tessera/spec.json               what captions depend on
     <output>/_tessera/journal/part-*.parquet  rows done but not sealed
+    <output>/_tessera/retry/part-*.parquet    error rows of sealed shards, done again (retry.py)
+    <output>/_tessera/lease.json              which run may write (lease.py)
     <output>/_tessera/runs/<run>.json         statistics of each run
     <output>/_SUCCESS                         after verification
 
@@ -16,36 +18,41 @@ The laws (each has a test of its name):
 3. Sealing is a function of the rows: however the same rows were partitioned, ordered, repeated or overlapped
    in parts, the sealed bytes are the same. Where parts disagree about a row, a caption beats an error, then
    the part whose name sorts first wins.
-4. Sealing is idempotent: sealing a sealed shard does nothing, so a kill inside costs nothing.
+4. Sealing is idempotent: sealing a sealed shard does nothing, so a kill inside costs nothing. A sealed file is
+   created, or swapped for the very file it replaces, and never written over blindly.
 5. A part is deleted only after every shard in it is readable as sealed (or was replaced in the input).
 6. A changed input shard is a new shard: rows of its old version count for nothing.
 7. Planning reads footers only, each of them once.
 8. One output holds one spec's captions: a run whose captions would differ is refused.
 9. `_SUCCESS` is written last, and only for a verified output; it goes before new work starts.
+10. Only the run that holds the lease writes: it is looked at right before every write (lease.py says what the
+    moment in between can do: nothing, by laws 2 to 5).
 """
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from hashlib import sha256
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from actors.columns import ERROR, FINGERPRINT, IDENTITY, RESULT_SCHEMA, ROW, SHARD
+from actors.columns import IDENTITY, RESULT_SCHEMA
 from pipeline.columns import sealed_schema
 from pipeline.entries import Entry, Stats, decode, entries_of, to_parquet
+from pipeline.files import FileInfo, in_parallel
 from pipeline.footer import NotParquetError, read_footer
-from pipeline.rows import RowSet
+from pipeline.identity import identity_record, mismatch
+from pipeline.lease import Fence
+from pipeline.merge import SealError, merged, part_rows, sealed_file
 from pipeline.shards import Shard, output_name
 from pipeline.spec import JobSpec
 from pipeline.state import Plan, Published, Scan, Verification, plan_of, verification_of
-from pipeline.storage import FileInfo, Storage, in_parallel
+from pipeline.storage import Storage
 
 DATA = "data"
 JOURNAL = "_tessera/journal"
+RETRY = "_tessera/retry"
 RUNS = "_tessera/runs"
 SPEC = "_tessera/spec.json"
 SUCCESS = "_SUCCESS"
@@ -55,25 +62,23 @@ class LedgerMismatch(ValueError):
     """The output holds captions of a spec that differs where captions depend on it."""
 
 
-class SealError(RuntimeError):
-    """The journal does not hold what sealing a shard takes; nothing was written."""
-
-
 class Ledger:
     """The ledger of one output. Picklable, and cheap to build: everything is read when it is asked for.
 
-    `plan` may be called again and again: a footer is read once, as long as its file stays as it is.
+    `plan` may be called again and again: a footer is read once, as long as its file stays as it is. With a
+    `fence`, whatever writes raises LeaseLost unless the run holds the output's lease (law 10).
     """
 
-    def __init__(self, storage: Storage | str) -> None:
+    def __init__(self, storage: Storage | str, fence: Fence | None = None) -> None:
         self.storage = Storage(storage) if isinstance(storage, str) else storage
+        self.fence = fence
         self._seen: dict[FileInfo, Published] = {}
 
     def __getstate__(self) -> dict[str, object]:
-        return {"storage": self.storage, "_seen": {}}
+        return {"storage": self.storage, "fence": self.fence, "_seen": {}}
 
-    def publish(self, table: pa.Table) -> str:
-        """Writes rows as one journal part, atomically, and returns its path (laws 1 and 2).
+    def publish(self, table: pa.Table, folder: str = JOURNAL) -> str:
+        """Writes rows as one part, atomically, and returns its path (laws 1 and 2).
 
         `table` has the identity columns, the kept ones and the result columns (actors/columns.py), at least
         one row, and rows of any number of shards.
@@ -86,9 +91,16 @@ class Ledger:
         for name in RESULT_SCHEMA.names:
             table = table.append_column(name, results[name])
         entries = entries_of(table)
-        path = f"{JOURNAL}/{_part_name(entries)}"
-        self.storage.put_atomic(path, to_parquet(table, entries, statistics=False))
+        path = f"{folder}/{_part_name(entries)}"
+        data = to_parquet(table, entries, statistics=False)
+        self.guard()
+        self.storage.put_atomic(path, data)
         return path
+
+    def guard(self) -> None:
+        """Raises LeaseLost where this ledger may not write any more (law 10)."""
+        if self.fence:
+            self.fence.check()
 
     def scan(self) -> Scan:
         """Every sealed shard and journal part there is now, by their footers (law 7)."""
@@ -104,6 +116,11 @@ class Ledger:
         parts = tuple(file for file in files if file.path.startswith(f"{JOURNAL}/"))
         return Scan({file.path.removeprefix(f"{DATA}/"): file for file in sealed}, parts)
 
+    def retried(self) -> list[Published]:
+        """The parts of a retry that are not merged into their sealed shards yet, by their footers."""
+        listed = [info for info in self.storage.list(RETRY) if info.path.endswith(".parquet")]
+        return [part for part in in_parallel(self._look, listed) if part]
+
     def plan(self, shards: Sequence[Shard]) -> Plan:
         """How far the job is, and what there is to do: the one answer for resuming, progress and status."""
         return plan_of(shards, self.scan())
@@ -114,32 +131,36 @@ class Ledger:
         `kept` is the schema of the job's kept columns (`columns.job_schema`). `parts` are the paths of its
         parts (`ShardState.parts`), or None to look for them. Raises SealError if a row is missing.
         """
-        seal = self._seal_of(shard)
+        seal = self.seal_of(shard)
         if seal:
             return seal.stats
         if parts is None:
             parts = plan_of([shard], self.scan()).shards[0].parts
         schema = sealed_schema(kept)
 
-        def read(path: str) -> pa.Table:
-            table = pq.ParquetFile(pa.BufferReader(self.storage.read(path))).read(use_threads=False)
-            mine = pc.and_(
-                pc.equal(table[SHARD], shard.name), pc.equal(table[FINGERPRINT], shard.fingerprint)
-            )
-            return _fitted(table.filter(mine), schema, path)
-
         try:
-            tables = in_parallel(read, sorted(parts))
+            tables = in_parallel(
+                lambda path: part_rows(path, self.storage.read(path), shard, schema), sorted(parts)
+            )
         except FileNotFoundError as error:  # another driver sealed the shard and swept
-            seal = self._seal_of(shard)
+            seal = self.seal_of(shard)
             if seal:
                 return seal.stats
             raise SealError(f"{shard.name}: a part is gone while its rows are not sealed ({error})") from None
-        table = _merged(shard, tables, schema)
-        stats = Stats.of(table)
-        entries = {shard.name: Entry(shard.fingerprint, RowSet.span(shard.rows), stats)}
+        data, stats = sealed_file(shard, merged(shard, tables, schema))
         path = f"{DATA}/{output_name(shard.name)}"
-        self.storage.put_atomic(path, to_parquet(table, entries, statistics=True))
+        self.guard()
+        while not self.storage.create_exclusive(path, data):  # a seal is there, or a file of an older version
+            with suppress(FileNotFoundError):
+                version = self.storage.read_version(path)[
+                    1
+                ]  # first: a seal that comes after it fails the swap
+                seal = self.seal_of(shard)
+                if seal:
+                    return seal.stats
+                self.guard()
+                if self.storage.put_if(path, data, version):
+                    break
         return stats
 
     def sweep(self, shards: Sequence[Shard]) -> list[str]:
@@ -159,9 +180,10 @@ class Ledger:
             for part in scan.parts
             if part.entries and all(settled(name, entry) for name, entry in part.entries.items())
         ]
+        self.guard()
         self.storage.delete(done)
-        self.storage.delete_temporary(JOURNAL)
-        self.storage.delete_temporary(DATA)
+        for folder in ("_tessera", DATA):
+            self.storage.delete_temporary(folder)
         return done
 
     def verify(self, shards: Sequence[Shard]) -> Verification:
@@ -169,26 +191,29 @@ class Ledger:
         self._seen = {}
         return verification_of(shards, self.scan())
 
+    def check(self, spec: JobSpec) -> bool:
+        """Raises LedgerMismatch unless captions would be those the output already holds (law 8); changes nothing.
+
+        An output without a single caption is free for any spec. True if the output knows this very spec.
+        """
+        return self._compare(identity_record(spec))
+
     def bind(self, spec: JobSpec) -> None:
-        """Writes spec.json for a new output; for an old one, raises LedgerMismatch unless captions would be
-        the same (law 8). An output without a single caption is free for any spec. The file holds the whole
-        spec of the last run, for people."""
-        fields = spec.fingerprint_fields()
-        record = {
-            "fingerprint": spec.fingerprint(), "fields": fields, "spec": spec.model_dump(mode="json")
-        }  # fmt: skip
-        data = _to_json(record)
-        if self.storage.create_exclusive(SPEC, data):
-            return
-        before = json.loads(self.storage.read(SPEC))
-        differing = _differing(before["fields"], fields)
-        if differing and any(self.storage.list(folder) for folder in (JOURNAL, DATA)):
-            raise LedgerMismatch(
-                f"{self.storage.url} holds captions of a job that differs in {'; '.join(differing)}. "
-                "Set output.path to a new folder, or set the fields back."
-            )
-        if before != record:
-            self.storage.put_atomic(SPEC, data)
+        """As `check`, and writes spec.json: what captions depend on, and the whole spec of the last run."""
+        record = identity_record(spec)
+        if not self._compare(record):
+            self.guard()
+            self.storage.put_atomic(SPEC, _to_json(record))
+
+    def _compare(self, record: Mapping[str, Any]) -> bool:
+        try:
+            before = json.loads(self.storage.read(SPEC))
+        except FileNotFoundError:
+            return False
+        refused = mismatch(self.storage.url, before["fields"], record["fields"])
+        if refused and any(self.storage.list(folder) for folder in (JOURNAL, DATA)):
+            raise LedgerMismatch(refused)
+        return bool(before == record)
 
     def record_run(self, run: str, stats: Mapping[str, Any]) -> None:
         """Writes the JSON statistics of one run under its id."""
@@ -204,10 +229,12 @@ class Ledger:
         if not verification.ok:
             raise ValueError("only a verified output is marked complete")
         counts = {"rows": verification.rows_out, "errors": dict(verification.stats.errors)}
+        self.guard()
         self.storage.put_atomic(SUCCESS, _to_json(counts))
 
     def clear_success(self) -> None:
         """Takes the mark away: call it before the first new row is published."""
+        self.guard()
         self.storage.delete([SUCCESS])
 
     def succeeded(self) -> bool:
@@ -226,7 +253,7 @@ class Ledger:
         except (ValueError, KeyError, TypeError) as error:
             return Published(info.path, footer.num_rows, {}, str(error))
 
-    def _seal_of(self, shard: Shard) -> Entry | None:
+    def seal_of(self, shard: Shard) -> Entry | None:
         """The shard's sealed entry, straight from the file."""
         path = f"{DATA}/{output_name(shard.name)}"
         try:
@@ -241,42 +268,6 @@ class Ledger:
 def _part_name(entries: Mapping[str, Entry]) -> str:
     rows = {name: [entry.fingerprint, entry.rows.to_json()] for name, entry in entries.items()}
     return f"part-{sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:20]}.parquet"
-
-
-def _fitted(table: pa.Table, schema: pa.Schema, path: str) -> pa.Table:
-    """The part's rows as `_row` and the sealed columns."""
-    missing = [name for name in schema.names if name not in table.column_names]
-    if missing:
-        raise SealError(f"{path} lacks the column {missing[0]!r} that the job keeps")
-    try:
-        return table.select([ROW, *schema.names]).cast(pa.schema([(ROW, pa.int64()), *schema]))
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise SealError(f"{path} does not fit the job's columns ({error})") from None
-
-
-def _merged(shard: Shard, tables: Sequence[pa.Table], schema: pa.Schema) -> pa.Table:
-    """Each row of the shard once, in order; `tables` come in the order of their parts' names (law 3)."""
-    if not tables:
-        tables = [pa.schema([(ROW, pa.int64()), *schema]).empty_table()]
-    table = pa.concat_tables(tables).combine_chunks()
-    rows = table[ROW].to_numpy()
-    failed = pc.is_valid(table[ERROR]).to_numpy()
-    order = np.lexsort((np.arange(len(rows)), failed, rows))  # by row, captions first, then by part
-    chosen = order[np.diff(rows[order], prepend=-1) != 0]
-    if not np.array_equal(rows[chosen], np.arange(shard.rows)):
-        held = RowSet.of(rows)
-        raise SealError(
-            f"{shard.name}: cannot be sealed, rows missing: {held.complement(shard.rows) or 'none'}, "
-            f"rows beyond its {shard.rows}: {held - RowSet.span(shard.rows) or 'none'}"
-        )
-    return table.select(schema.names).take(chosen)
-
-
-def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    return [
-        f"{name} ({json.dumps(before.get(name))} there, {json.dumps(now.get(name))} here)" for name in names
-    ]
 
 
 def _to_json(value: object) -> bytes:

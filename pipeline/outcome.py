@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.entries import Stats
+from pipeline.spec import JobSpec
+from pipeline.state import Verification
 
 
 class JobError(RuntimeError):
@@ -15,14 +18,22 @@ class JobError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A finished job. `stats` are of the whole output; the other counts and `seconds` of this run only."""
+    """A finished job. `stats` and `foreign` (files of shards that left the input) are of the whole output; the other
+    counts and `seconds` of this run only."""
 
     name: str
     output: str
     stats: Stats
-    captioned: int
-    generated_tokens: int
-    seconds: float
+    foreign: tuple[str, ...] = ()
+    captioned: int = 0
+    generated_tokens: int = 0
+    seconds: float = 0.0
+    storage_retries: int = 0
+
+    @classmethod
+    def of(cls, spec: JobSpec, verification: Verification, **figures: Any) -> Outcome:
+        """The outcome of a job whose output is verified; `figures` are the fields of this run."""
+        return cls(spec.name, spec.output.path, verification.stats, verification.foreign, **figures)
 
     @property
     def rows(self) -> int:
@@ -37,7 +48,10 @@ class Outcome:
         return self.errors / self.rows if self.rows else 0.0
 
     def describe(self) -> str:
-        """The result in one line."""
+        """The result in one line, and one more about shards that left the input."""
+        return "\n".join([self._result(), *notes_of(self.foreign)])
+
+    def _result(self) -> str:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.stats.errors.items())
         errors = f"{self.errors:,} errors ({kinds})" if self.errors else "no errors"
         if not self.captioned:
@@ -46,6 +60,7 @@ class Outcome:
             f"{self.name}: {self.rows:,} rows in {self.output}, {errors}; {self.captioned:,} of them now, in "
             f"{self.seconds:,.1f} s: {self.captioned / self.seconds:,.1f} rows/s, "
             f"{self.generated_tokens / self.seconds:,.0f} tokens/s"
+            + (f"; {self.storage_retries:,} storage retries" if self.storage_retries else "")
         )
 
     def record(self) -> dict[str, Any]:
@@ -59,6 +74,16 @@ class Outcome:
             "rows_per_s": round(self.captioned / self.seconds, 3),
             "tokens_per_s": round(self.generated_tokens / self.seconds, 3),
         }
+
+
+def notes_of(foreign: Sequence[str]) -> list[str]:
+    """What people are told of files whose shards left the input: they stay, and count for nothing."""
+    if not foreign:
+        return []
+    names = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
+    return [
+        f"note: the input no longer has the shards of {len(foreign):,} files of the output, which stay: {names}"
+    ]
 
 
 def root_cause(error: BaseException) -> str:

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 from rich.console import Console
 from rich.live import Live
@@ -42,6 +42,16 @@ class Progress:
     @property
     def tokens_per_s(self) -> float:
         return self.generated_tokens / self.seconds if self.seconds > 0 else 0.0
+
+    def record(self) -> dict[str, Any]:
+        """What is kept of a run that ended here, under _tessera/runs."""
+        return {
+            "captioned": self.captioned,
+            "generated_tokens": self.generated_tokens,
+            "seconds": round(self.seconds, 3),
+            "rows_per_s": round(self.rows_per_s, 3),
+            "tokens_per_s": round(self.tokens_per_s, 3),
+        }
 
     @property
     def eta(self) -> timedelta | None:

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
+from pipeline.files import FileInfo, file_info, in_parallel, list_files, open_filesystem
 from pipeline.footer import NotParquetError, read_footer
 from pipeline.spec import InputSpec, SpecError
-from pipeline.storage import FileInfo, file_info, in_parallel, list_files, open_filesystem
+from pipeline.weather import patiently
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -107,7 +108,8 @@ def shard_schema(url: str) -> pa.Schema:
     """The Arrow schema (without metadata) of one parquet file. Raises InputError."""
     filesystem, path = open_filesystem(url)
     try:
-        footer = read_footer(filesystem, path, int(filesystem.info(path)["size"]))
+        info = patiently(lambda: filesystem.info(path), f"reading {url}")
+        footer = read_footer(filesystem, path, int(info["size"]))
     except (NotParquetError, OSError) as error:
         raise InputError(f"{url} {error}") from None
     return footer.schema.to_arrow_schema().remove_metadata()
@@ -134,7 +136,7 @@ def _expand(url: str) -> tuple["AbstractFileSystem", str, list[FileInfo]]:
         filesystem, path = open_filesystem(url)
         path = path.rstrip("/") or path
         try:
-            info = filesystem.info(path)
+            info = patiently(lambda: filesystem.info(path), f"reading {url}")
         except FileNotFoundError:
             if not any(sign in path for sign in _MAGIC):
                 raise
@@ -165,7 +167,8 @@ def _expand_glob(filesystem: "AbstractFileSystem", pattern: str) -> tuple[str, l
     fixed = next(i for i, part in enumerate(parts) if any(sign in part for sign in _MAGIC))
     root = "/".join(parts[:fixed])
     files: list[FileInfo] = []
-    for path, info in sorted(filesystem.glob(pattern, detail=True).items()):
+    found = patiently(lambda: filesystem.glob(pattern, detail=True), f"listing {pattern}")
+    for path, info in sorted(found.items()):
         if _hidden(path[len(root) :].lstrip("/")):
             continue
         if info["type"] == "directory":

@@ -23,10 +23,12 @@ from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
 from actors.columns import ERROR, ERROR_TYPE, FINGERPRINT, IMAGES, ROW, SHARD, VIDEO, error_value
+from pipeline.files import open_file, open_filesystem
+from pipeline.lease import Fence
 from pipeline.rows import RowSet
 from pipeline.shards import Shard
 from pipeline.spec import InputSpec
-from pipeline.storage import Storage, open_filesystem
+from pipeline.storage import Storage
 
 READ_ROWS = (
     64  # rows decoded from parquet at once: a block's worth, and large against parquet's per-call cost
@@ -47,14 +49,20 @@ class ShardSource(Datasource):
     """A read task for each shard with remaining rows.
 
     `columns` are the user's columns to carry along. Those of `kept` (columns.job_schema) get their type there, so
-    that blocks of different shards fit together.
+    that blocks of different shards fit together. Reading ends early once the run that holds `fence` stops.
     """
 
     def __init__(
-        self, work: Sequence[ShardWork], spec: InputSpec, columns: Sequence[str], kept: pa.Schema
+        self,
+        work: Sequence[ShardWork],
+        spec: InputSpec,
+        columns: Sequence[str],
+        kept: pa.Schema,
+        fence: Fence | None = None,
     ) -> None:
         super().__init__()
         self.work, self.spec, self.columns, self.kept = list(work), spec, list(columns), kept
+        self.fence = fence
 
     def get_name(self) -> str:
         return "Shards"
@@ -68,15 +76,20 @@ class ShardSource(Datasource):
         return [self._task(item) for item in self.work]
 
     def _task(self, item: ShardWork) -> ReadTask:
-        spec, columns, kept = (
-            self.spec,
-            self.columns,
-            self.kept,
-        )  # not `self`: a task carries one shard only
+        # Not `self`: a task carries one shard only.
+        spec, columns, kept, fence = self.spec, self.columns, self.kept, self.fence
         metadata = BlockMetadata(
             num_rows=len(item.rows), size_bytes=item.shard.size, input_files=[item.shard.url], exec_stats=None
         )
-        return ReadTask(lambda: read_shard(item, spec, columns, kept), metadata)
+        return ReadTask(lambda: _until_stopped(read_shard(item, spec, columns, kept), fence), metadata)
+
+
+def _until_stopped(tables: Iterator[pa.Table], fence: Fence | None) -> Iterator[pa.Table]:
+    for table in tables:
+        if fence and fence.stopping():
+            yield table.slice(0, 0)  # Ray wants at least one block of a task
+            return
+        yield table
 
 
 def read_shard(
@@ -85,7 +98,7 @@ def read_shard(
     """The remaining rows of a shard, in order, in tables of at most `READ_ROWS` rows."""
     filesystem, path = open_filesystem(work.shard.url)
     beside = Storage(work.shard.root)  # the input's root, for images given by path
-    with filesystem.open(path, "rb") as file:
+    with open_file(filesystem, path, work.shard.size) as file:
         parquet = pq.ParquetFile(file, buffer_size=_BUFFER)
         pictures = [name for name in (spec.image, spec.video) if name is not None]
         wanted = list(dict.fromkeys([*pictures, *columns]))

@@ -13,8 +13,6 @@ resumed run safe.
 (128, (1, 8))
 """
 
-import hashlib
-import json
 import re
 import string
 from collections.abc import Sequence
@@ -213,7 +211,7 @@ class JobSpec(_Section):
     limits: LimitsSpec = LimitsSpec()
 
     def fingerprint_fields(self) -> dict[str, Any]:
-        """Dotted name -> JSON value of every field captions depend on.
+        """Dotted name -> JSON value of every field captions depend on (pipeline/identity.py adds what lies beyond).
 
         Not the input's path (a grown folder is an increment), not the engine (engines are token-exact), not
         resources, name or output: those may change between the runs of one output.
@@ -226,11 +224,6 @@ class JobSpec(_Section):
             for name, value in flat.items()
             if name in chosen or name == "limits.max_pixels" or name.startswith(("prompt.", "generation."))
         }
-
-    def fingerprint(self) -> str:
-        """16 hex digits over `fingerprint_fields`."""
-        text = json.dumps(self.fingerprint_fields(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def parse_spec(data: object, source: str = "job spec") -> JobSpec:
@@ -253,7 +246,7 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> JobSpec:
     data = _parse_yaml(_read_text(str(path)), str(path))
     if isinstance(data, dict):
         for override in overrides:
-            _apply(data, override)
+            apply_override(data, override)
     return parse_spec(data, source=str(path))
 
 
@@ -276,7 +269,8 @@ def _parse_yaml(text: str, source: str) -> Any:
         raise SpecError(f"{source}: not valid YAML ({' '.join(str(error).split())})") from None
 
 
-def _apply(data: dict[str, Any], override: str) -> None:
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Sets one `dotted.name=value` in the nested fields of a spec; raises SpecError."""
     name, equals, text = override.partition("=")
     keys = name.strip().split(".")
     if not equals or not all(keys):

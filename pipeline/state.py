@@ -4,7 +4,7 @@ Why: the driver's progress, its sealing, `tessera status` and `tessera verify` m
 cannot, since all are read off the same `Scan` of the files, and nothing else is remembered anywhere.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -126,21 +126,23 @@ def plan_of(shards: Sequence[Shard], scan: Scan) -> Plan:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """The recount. `rows_out` counts rows in sealed files of the input's shards; `missing` and `surplus` are
-    by shard; `foreign` names files of shards no longer in the input, which is reported but no fault."""
+    """The recount. `rows_out` counts rows in sealed files of the input's shards. By shard: rows that are `missing`,
+    and rows of the file, by place, that no row of the input answers to (`surplus`). `foreign` names files of shards
+    no longer in the input, and `notes` what lies about in the journal; both are reported but no fault."""
 
     rows_in: int
     rows_out: int
     missing: Mapping[str, RowSet]
-    surplus: Mapping[str, int]
+    surplus: Mapping[str, RowSet]
     foreign: tuple[str, ...]
     problems: tuple[str, ...]
     stats: Stats
+    notes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
         """Every row of the input is in the output exactly once, and every file below data/ is sound."""
-        return not self.problems and self.rows_in == self.rows_out
+        return not (self.problems or self.missing or self.surplus) and self.rows_in == self.rows_out
 
     def describe(self) -> str:
         """The verdict in one line, then a line for each problem and each foreign file."""
@@ -148,13 +150,14 @@ class Verification:
         lines = [f"{verdict}: {self.rows_in:,} rows in, {self.rows_out:,} rows out"]
         lines += [f"  {problem}" for problem in self.problems]
         lines += [f"  note: {path} belongs to no shard of the input" for path in self.foreign]
+        lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
 
 def verification_of(shards: Sequence[Shard], scan: Scan) -> Verification:
     """Rows in against rows out, shard by shard."""
     missing: dict[str, RowSet] = {}
-    surplus: dict[str, int] = {}
+    surplus: dict[str, RowSet] = {}
     problems: list[str] = []
     stats: list[Stats] = []
     rows_out = 0
@@ -165,10 +168,14 @@ def verification_of(shards: Sequence[Shard], scan: Scan) -> Verification:
             problems.append(f"{file.path} {file.problem}")
         seal = scan.seal_of(shard.name, shard.fingerprint)
         if not file or not seal:
-            missing[shard.name] = RowSet.span(shard.rows)
+            missing[shard.name] = RowSet.span(shard.rows)  # of the sealed output
             older = " (the sealed file is of another version of it)" if file and file.entries else ""
             done = states[shard.name].rows_done
-            problems.append(f"{shard.name} is not sealed{older}; in the journal: {done} of {shard.rows} rows")
+            lacking = states[shard.name].remaining
+            problems.append(
+                f"{shard.name} is not sealed{older}; in the journal: {done} of {shard.rows} rows"
+                + (f", missing rows {lacking}" if lacking else "")
+            )
             continue
         rows_out += file.rows
         stats.append(seal.stats)
@@ -176,9 +183,14 @@ def verification_of(shards: Sequence[Shard], scan: Scan) -> Verification:
         if lacking:
             missing[shard.name] = lacking
             problems.append(f"{shard.name} lacks rows {lacking}")
-        if file.rows > shard.rows:
-            surplus[shard.name] = file.rows - shard.rows
-            problems.append(f"{shard.name} has {file.rows} rows in the output and {shard.rows} in the input")
+        claimed = seal.rows | RowSet.span(file.rows)
+        beyond = claimed - RowSet.span(shard.rows)
+        if beyond:
+            surplus[shard.name] = beyond
+            problems.append(
+                f"{shard.name} has {file.rows} rows in the output and {shard.rows} in the input; "
+                f"rows {beyond} are twice there or foreign"
+            )
     known = {output_name(shard.name) for shard in shards}
     problems += [f"{f.path} {f.problem}" for key, f in scan.sealed.items() if f.problem and key not in known]
     return Verification(
@@ -189,7 +201,27 @@ def verification_of(shards: Sequence[Shard], scan: Scan) -> Verification:
         _foreign(shards, scan),
         tuple(problems),
         Stats.total(stats),
+        tuple(_in_the_journal(shards, scan)),
     )
+
+
+def _in_the_journal(shards: Sequence[Shard], scan: Scan) -> Iterator[str]:
+    """Rows of parts that are no part of the job, or that several parts hold: sealing leaves them out."""
+    current = {shard.name: shard for shard in shards}
+    held: dict[str, RowSet] = {}
+    for part in scan.parts:
+        for name, entry in part.entries.items():
+            shard = current.get(name)
+            if shard is None or shard.fingerprint != entry.fingerprint:
+                yield f"{part.path} holds rows {entry.rows} of {name}, which {'changed' if shard else 'is gone'} since"
+                continue
+            beyond = entry.rows - RowSet.span(shard.rows)
+            if beyond:
+                yield f"{part.path} holds rows {beyond} of {name}, which has {shard.rows}"
+            twice = entry.rows & held.get(name, RowSet())
+            held[name] = held.get(name, RowSet()) | entry.rows
+            if twice:
+                yield f"rows {twice} of {name} are in several parts; sealing keeps one of each"
 
 
 def _foreign(shards: Sequence[Shard], scan: Scan) -> tuple[str, ...]:

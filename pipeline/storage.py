@@ -6,126 +6,49 @@ It is stated and kept here, for local disks and object stores alike.
 The one idea: `put_atomic`. Locally: a hidden temporary file in the same folder, fsync, rename, fsync of the
 folder. In an object store: one put (or a multipart upload, which only its completion makes visible).
 Readers never see a torn file, and a kill leaves at most a hidden temporary file that `list` does not show.
+Every operation is patient (weather.py): storage that throttles or resets costs time, never the job.
 
 Credentials and endpoints come from the environment, never from URLs. For S3: AWS_ACCESS_KEY_ID,
 AWS_SECRET_ACCESS_KEY, profiles and roles as everywhere, AWS_ENDPOINT_URL (or AWS_ENDPOINT_URL_S3) for MinIO
 and friends; other options of s3fs through fsspec's own configuration (FSSPEC_S3_*).
 """
 
+import fcntl
 import os
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
+
+from pipeline.files import (
+    FileInfo,
+    absolute,
+    file_info,
+    in_parallel,
+    is_local,
+    is_s3,
+    list_files,
+    open_file,
+    open_filesystem,
+)
+from pipeline.weather import patiently
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-THREADS = 32  # of parallel small requests: they wait for the network, not for a core
 STALE_SECONDS = 3600.0  # a temporary file this old has no writer any more
+_LOCK_SECONDS = 5.0  # a lock held longer is a stopped process's; going on without it is no worse than on NFS
 
-_TOKENS = (
-    "ETag",
-    "etag",
-    "e_tag",
-    "md5Hash",
-    "generation",
-    "mtime",
-    "LastModified",
-    "last_modified",
-    "created",
-)
-
-Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class StoragePathError(ValueError):
     """The path is not a plain relative path below the root."""
-
-
-@dataclass(frozen=True, slots=True)
-class FileInfo:
-    """A listed file. `path` is relative to the root listed, `size` in bytes; `token` changes with the content
-    (etag in object stores, mtime in ns locally; empty where the store tells neither)."""
-
-    path: str
-    size: int
-    token: str
-
-
-def absolute(url: str) -> str:
-    """A URL as it is; a local path made absolute, so that it means the same in every process of a cluster."""
-    return url if "://" in url else os.path.abspath(os.path.expanduser(url))
-
-
-def open_filesystem(url: str) -> tuple["AbstractFileSystem", str]:
-    """(file system, path in it) of any fsspec URL. Listings are never cached: others write here, too."""
-    from fsspec.core import url_to_fs
-
-    filesystem, path = url_to_fs(absolute(url), use_listings_cache=False)
-    return filesystem, path
-
-
-def is_local(filesystem: "AbstractFileSystem") -> bool:
-    from fsspec.implementations.local import LocalFileSystem
-
-    return isinstance(filesystem, LocalFileSystem)
-
-
-def in_parallel(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """[function(item), ...] in order, by up to 32 threads; the first error is raised."""
-    todo = list(items)
-    if len(todo) < 2:
-        return [function(item) for item in todo]
-    with ThreadPoolExecutor(min(THREADS, len(todo))) as pool:
-        return list(pool.map(function, todo))
-
-
-def file_info(filesystem: "AbstractFileSystem", path: str, info: dict[str, Any]) -> FileInfo:
-    """FileInfo from fsspec's `info` dict; `path` is taken as it is."""
-    if is_local(filesystem):  # fsspec's mtime is a float: too coarse to tell two writes apart
-        status = os.stat(info["name"])
-        return FileInfo(path, status.st_size, str(status.st_mtime_ns))
-    token = next((info[key] for key in _TOKENS if info.get(key) is not None), "")
-    return FileInfo(path, int(info.get("size") or 0), str(token).strip('"'))
-
-
-def list_files(filesystem: "AbstractFileSystem", root: str) -> list[FileInfo]:
-    """Every file below a folder, sorted, paths relative to it; nothing when it does not exist."""
-    if is_local(filesystem):
-        return sorted(_walk(root, ""), key=lambda info: info.path)
-    try:
-        found = filesystem.find(root, detail=True)
-    except FileNotFoundError:
-        return []
-    prefix = root.rstrip("/") + "/"
-    return [
-        file_info(filesystem, path.removeprefix(prefix), info)
-        for path, info in sorted(found.items())
-        if path.startswith(prefix) and not path.endswith("/")  # "folders" that consoles make are no files
-    ]
-
-
-def _walk(root: str, below: str) -> Iterator[FileInfo]:
-    try:
-        entries = list(os.scandir(os.path.join(root, below)))
-    except FileNotFoundError:
-        return
-    for entry in entries:
-        try:
-            if entry.is_dir():
-                yield from _walk(root, f"{below}{entry.name}/")
-            else:
-                status = entry.stat()
-                yield FileInfo(below + entry.name, status.st_size, str(status.st_mtime_ns))
-        except FileNotFoundError:  # deleted while listing
-            continue
 
 
 @dataclass(frozen=True)
@@ -162,51 +85,48 @@ class Storage:
 
     def put_atomic(self, path: str, data: bytes) -> None:
         """Writes or replaces a file: whole and durable on return, untouched after any failure before."""
-        if self.local:
-            temporary = self._write_temporary(path, data)
-            try:
-                os.replace(temporary, self.full(path))
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-            _sync_folder(temporary.parent)
-        else:
-            self.filesystem.pipe_file(self.full(path), data)
+        self._patiently("writing", path, lambda: self._put(path, data))
 
     def create_exclusive(self, path: str, data: bytes) -> bool:
-        """As `put_atomic`, but only if the file does not exist; of several callers exactly one gets True.
-
-        S3 decides by `If-None-Match: *`, a local disk by link(2).
+        """As `put_atomic`, but only if the file does not exist; of several callers, each with bytes of its own,
+        exactly one gets True. S3 decides by `If-None-Match: *`, a local disk by link(2).
         """
-        try:
-            if not self.local:
-                self.filesystem.pipe_file(self.full(path), data, mode="create")
-                return True
-            temporary = self._write_temporary(path, data)
-            try:
-                os.link(temporary, self.full(path))
-            finally:
-                temporary.unlink(missing_ok=True)
-            _sync_folder(temporary.parent)
-        except FileExistsError:
-            return False
-        return True
+        return self._conditionally(path, data, lambda: self._create(path, data))
+
+    def read_version(self, path: str) -> tuple[bytes, str]:
+        """A whole file, and which version of it that is, for `put_if`; FileNotFoundError if it is missing."""
+        if self.local:
+            data = self.read(path)
+            return data, sha256(data).hexdigest()
+        # In this order: should the file change in between, the version is the old one and `put_if` says no.
+        info = self._patiently("reading", path, lambda: self.filesystem.info(self.full(path)))
+        return self.read(path), file_info(self.filesystem, path, info).token
+
+    def put_if(self, path: str, data: bytes, version: str) -> bool:
+        """As `put_atomic`, but only if the file is still the `version` that was read; False if it is not.
+
+        S3 decides by `If-Match`. A local disk compares and renames under a lock on the folder; other object stores
+        compare and put, which leaves a moment between the two.
+        """
+        return self._conditionally(path, data, lambda: self._replace(path, data, version))
 
     def read(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
-        """Bytes [start, end) of a file; FileNotFoundError if it is missing."""
+        """Bytes [start, end) of a file, as many as there are; FileNotFoundError if it is missing."""
         if self.local:
             with open(self.full(path), "rb") as file:
                 file.seek(start or 0)
                 return file.read(-1 if end is None else end - (start or 0))
-        return bytes(self.filesystem.cat_file(self.full(path), start=start, end=end))
+        return self._patiently(
+            "reading", path, lambda: bytes(self.filesystem.cat_file(self.full(path), start=start, end=end))
+        )
 
     def open(self, path: str) -> BinaryIO:
         """A seekable binary reader."""
-        reader: BinaryIO = self.filesystem.open(self.full(path), "rb")
-        return reader
+        info = self._patiently("reading", path, lambda: self.filesystem.info(self.full(path)))
+        return open_file(self.filesystem, self.full(path), int(info["size"]))
 
     def exists(self, path: str) -> bool:
-        return bool(self.filesystem.exists(self.full(path)))
+        return bool(self._patiently("reading", path, lambda: self.filesystem.exists(self.full(path))))
 
     def list(self, prefix: str = "") -> list[FileInfo]:
         """Files below a folder (recursive, sorted, paths relative to the root), temporary ones left out."""
@@ -230,9 +150,72 @@ class Storage:
             if _is_temporary(info.path) and time.time() - int(info.token) / 1e9 > older_than:
                 self._delete_one(f"{prefix}/{info.path}")
 
+    def _patiently(self, doing: str, path: str, action: Callable[[], Result]) -> Result:
+        return patiently(action, f"{doing} {self.url}/{path}")
+
     def _delete_one(self, path: str) -> None:
         with suppress(FileNotFoundError):
-            self.filesystem.rm_file(self.full(path))
+            self._patiently("deleting", path, lambda: self.filesystem.rm_file(self.full(path)))
+
+    def _conditionally(self, path: str, data: bytes, write: Callable[[], bool]) -> bool:
+        """A conditional write whose answer may be lost on the way: the write again (by us, or unseen by the HTTP
+        client) then meets its own file. So a file that holds our very bytes is ours."""
+        if self._patiently("writing", path, write):
+            return True
+        with suppress(FileNotFoundError):
+            return not self.local and self.read(path) == data
+        return False
+
+    def _put(self, path: str, data: bytes) -> None:
+        if not self.local:
+            self.filesystem.pipe_file(self.full(path), data)
+            return
+        temporary = self._write_temporary(path, data)
+        try:
+            os.replace(temporary, self.full(path))
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(temporary.parent)
+
+    def _create(self, path: str, data: bytes) -> bool:
+        try:
+            if not self.local:
+                self.filesystem.pipe_file(self.full(path), data, mode="create")
+                return True
+            temporary = self._write_temporary(path, data)
+            try:
+                os.link(temporary, self.full(path))
+            finally:
+                temporary.unlink(missing_ok=True)
+            _sync_folder(temporary.parent)
+        except FileExistsError:
+            return False
+        return True
+
+    def _replace(self, path: str, data: bytes, version: str) -> bool:
+        if is_s3(self.filesystem):
+            try:
+                # One put, however large: s3fs would make a multipart upload unconditional.
+                self.filesystem.pipe_file(self.full(path), data, chunksize=5 << 30, IfMatch=f'"{version}"')
+            except FileNotFoundError:
+                return False
+            except OSError as error:
+                if (
+                    getattr(error.__cause__, "response", {}).get("Error", {}).get("Code")
+                    != "PreconditionFailed"
+                ):
+                    raise
+                return False
+            return True
+        with _locked(Path(self.full(path)).parent if self.local else None):
+            try:
+                if self.read_version(path)[1] != version:
+                    return False
+            except FileNotFoundError:
+                return False
+            self._put(path, data)
+            return True
 
     def _write_temporary(self, path: str, data: bytes) -> Path:
         target = Path(self.full(path))
@@ -263,6 +246,29 @@ def _make_folder(folder: Path) -> None:
     _make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
     _sync_folder(folder.parent)
+
+
+@contextmanager
+def _locked(folder: Path | None) -> Iterator[None]:
+    """Holds an advisory lock on a folder, which ends with the process that holds it; without one where there is
+    no locking (object stores, some network file systems), or where a stopped process keeps it."""
+    if folder is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.01)
+            except OSError:
+                break
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _sync_folder(folder: Path) -> None:

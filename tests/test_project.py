@@ -32,7 +32,13 @@ MAY_IMPORT = {
     "actors.errors": set(),
 }
 # Modules of `pipeline` that drive Ray; the others must load in a moment, for `tessera status` and the tests.
-DRIVES_RAY = {"pipeline.cluster", "pipeline.dataflow", "pipeline.sink", "pipeline.source"}
+DRIVES_RAY = {
+    "pipeline.cluster",
+    "pipeline.dataflow",
+    "pipeline.deaths",
+    "pipeline.source",
+    "pipeline.stages",
+}
 # Distribution -> module, where they differ.
 MODULE_OF = {"pillow": "PIL", "pyyaml": "yaml"}
 

@@ -71,7 +71,9 @@ def test_captions_every_row_in_order_and_repeats_nothing(tmp_path, ray_address):
 
     assert tessera("verify", SPEC, *arguments).out.startswith("verified: 90 rows in, 90 rows out")
     status = tessera("status", SPEC, *arguments).out
-    assert "complete, 90 of 90 rows done, 3 of 3 shards sealed" in status and "9 decode errors" in status
+    assert ": complete" in status and "3 sealed, 0 open" in status and "lease: free" in status
+    assert "90 of 90 done, 0 missing, 9 failed (9 decode)" in status and ": done, 90 rows in" in status
+    assert tessera("status", tmp_path / "out").out == status  # an output knows its job
     page = tmp_path / "page.html"
     assert tessera("report", SPEC, *arguments, "--truth", "truth", "-o", page).code == 0
     assert page.read_text().count("data:image/") >= 30
@@ -110,6 +112,7 @@ def test_the_same_on_s3_with_too_many_errors_told(tmp_path, ray_address, s3_endp
     keys = sorted(item["Key"] for item in client.list_objects_v2(Bucket=bucket, Prefix="out/")["Contents"])
     assert [key for key in keys if "/runs/" not in key] == [
         "out/_SUCCESS",
+        "out/_tessera/lease.json",
         "out/_tessera/spec.json",
         "out/data/deep/part-00000.parquet",
         "out/data/deep/part-00001.parquet",

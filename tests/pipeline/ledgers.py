@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import pyarrow as pa
 
@@ -9,6 +10,8 @@ from actors.columns import RESULT_SCHEMA
 from pipeline.ledger import DATA, JOURNAL, Ledger
 from pipeline.shards import Shard
 from pipeline.storage import Storage
+
+Result = TypeVar("Result")
 
 KEPT = pa.schema([("id", pa.string()), ("score", pa.float64())])
 
@@ -24,7 +27,7 @@ def shard(name: str, rows: int, fingerprint: str = "v1") -> Shard:
 def captions(
     name: str, rows: Iterable[int], version: str = "v1", failed: Collection[int] = (), text: str = "caption"
 ) -> pa.Table:
-    """What Generate hands to the sink: a function of the row, `failed` rows carry an error."""
+    """What Generate hands to the ledger: a function of the row, `failed` rows carry an error."""
     error = {"kind": "decode", "stage": "preprocess", "message": "cut off"}
     lines = [
         (f"{name}:{row}", row / 2, name, row, version)
@@ -49,16 +52,23 @@ class DyingStorage(Storage):
     def put_atomic(self, path: str, data: bytes) -> None:
         self._around(lambda: Storage.put_atomic(self, path, data))
 
+    def create_exclusive(self, path: str, data: bytes) -> bool:
+        return self._around(lambda: Storage.create_exclusive(self, path, data))
+
+    def put_if(self, path: str, data: bytes, version: str) -> bool:
+        return self._around(lambda: Storage.put_if(self, path, data, version))
+
     def _delete_one(self, path: str) -> None:
         self._around(lambda: Storage._delete_one(self, path))
 
-    def _around(self, action: Callable[[], None]) -> None:
+    def _around(self, action: Callable[[], Result]) -> Result:
         death = next(self.deaths, None)
         if death == "before":
             raise Killed
-        action()
+        result = action()
         if death == "after":
             raise Killed
+        return result
 
 
 def sealed_bytes(ledger: Ledger) -> dict[str, bytes]:

@@ -15,10 +15,11 @@ from fsspec.implementations.local import LocalFileSystem
 
 from actors.columns import RESULT_SCHEMA
 from pipeline.entries import Stats, decode, to_parquet
-from pipeline.ledger import JOURNAL, Ledger, LedgerMismatch, SealError
+from pipeline.files import in_parallel
+from pipeline.ledger import JOURNAL, RETRY, Ledger, LedgerMismatch, SealError
 from pipeline.rows import RowSet
 from pipeline.spec import JobSpec, parse_spec
-from pipeline.storage import Storage, in_parallel
+from pipeline.storage import Storage
 from tests.pipeline.ledgers import KEPT, captions, journal, run_to_the_end, sealed_bytes, shard
 
 A, B, EMPTY = shard("a.parquet", 12), shard("sub/b.parquet", 5), shard("empty", 0)
@@ -124,6 +125,27 @@ def test_law_4_sealing_is_idempotent(ledger: Ledger) -> None:
     assert ledger.sweep([B]) == parts
     assert ledger.seal(B, KEPT, parts) == stats
     assert sealed_bytes(ledger) == before
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_law_4_a_seal_that_appears_meanwhile_is_not_overwritten(ledger: Ledger, moment: str) -> None:
+    """Two runs replace the seal of an older version; one is held up as it looks at what it replaces."""
+    old, new = shard("a.parquet", 3), shard("a.parquet", 4, "v2")
+    run_to_the_end(ledger, [old], [captions("a.parquet", range(3))])
+    ours = ledger.publish(captions("a.parquet", range(4), version="v2"))
+    theirs = ledger.publish(captions("a.parquet", range(4), version="v2", text="other"), RETRY)
+
+    class HeldUp(Storage):
+        def read_version(self, path: str) -> tuple[bytes, str]:
+            if moment == "before":
+                ledger.seal(new, KEPT, [theirs])
+            found = super().read_version(path)
+            ledger.seal(new, KEPT, [theirs])
+            return found
+
+    Ledger(HeldUp(ledger.storage.url)).seal(new, KEPT, [ours])
+    data = sealed_bytes(ledger)["data/a.parquet"]
+    assert pq.read_table(pa.BufferReader(data))["caption"].to_pylist() == [f"other {n}" for n in range(4)]
 
 
 def test_sealing_an_incomplete_shard_is_refused_and_writes_nothing(ledger: Ledger) -> None:
@@ -266,6 +288,25 @@ def test_verification_finds_what_does_not_belong(ledger: Ledger) -> None:
         assert words in verification.describe()
     ledger.storage.put_atomic("data/sub/b.parquet", good)
     assert ledger.verify([B]).ok
+
+
+def test_verification_names_what_lies_about_in_the_journal(ledger: Ledger) -> None:
+    for table in (
+        captions(A.name, [0, 1, 2]),
+        captions(A.name, [2, 3, 40]),
+        captions(A.name, [0], version="v0"),
+        captions("gone.parquet", [7]),
+    ):
+        ledger.publish(table)
+    said = ledger.verify([A]).describe()
+    for words in (
+        "a.parquet is not sealed; in the journal: 4 of 12 rows, missing rows 4-11",
+        "rows 2 of a.parquet are in several parts",
+        "holds rows 40 of a.parquet, which has 12",
+        "holds rows 0 of a.parquet, which changed since",
+        "holds rows 7 of gone.parquet, which is gone since",
+    ):
+        assert words in said, said
 
 
 def test_runs_are_recorded(ledger: Ledger) -> None:

@@ -5,7 +5,8 @@ from pipeline.outcome import Outcome, root_cause
 
 
 def outcome(captioned=100) -> Outcome:
-    return Outcome("job", "out", Stats(200, {"decode": 9, "prompt": 1}, 10, 5, 4000), captioned, 2000, 50.0)
+    stats = Stats(200, {"decode": 9, "prompt": 1}, 10, 5, 4000)
+    return Outcome("job", "out", stats, captioned=captioned, generated_tokens=2000, seconds=50.0)
 
 
 def test_the_line_says_rows_errors_and_rates():

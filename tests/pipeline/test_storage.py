@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.storage import Storage, StoragePathError, in_parallel
+from pipeline.files import in_parallel
+from pipeline.storage import Storage, StoragePathError
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -51,16 +52,29 @@ def test_listings_are_never_stale(storage: Storage) -> None:
 
 
 def test_create_exclusive_has_one_winner(storage: Storage) -> None:
-    contenders = [Storage(storage.url) for _ in range(6)]
-    start = threading.Barrier(len(contenders))
+    start = threading.Barrier(6)
 
-    def create(contender: Storage) -> bool:
+    def create(contender: int) -> bool:
         start.wait(10)
-        return contender.create_exclusive("lease.json", b"mine")
+        return Storage(storage.url).create_exclusive("lease.json", b"mine: %d" % contender)
 
-    assert sorted(in_parallel(create, contenders)) == [False] * 5 + [True]
-    assert storage.read("lease.json") == b"mine"
+    answers = in_parallel(create, range(6))
+    assert sorted(answers) == [False] * 5 + [True]
+    assert storage.read("lease.json") == b"mine: %d" % answers.index(True)
     assert [info.path for info in storage.list()] == ["lease.json"]
+
+
+def test_a_file_is_swapped_only_for_the_version_that_was_read(storage: Storage) -> None:
+    storage.put_atomic("x", b"one")
+    data, version = storage.read_version("x")
+    assert data == b"one"
+    answers = in_parallel(lambda n: storage.put_if("x", b"two: %d" % n, version), range(6))
+    assert sorted(answers) == [False] * 5 + [True]
+    assert storage.read("x") == b"two: %d" % answers.index(True)
+    storage.delete(["x"])
+    assert not storage.put_if("x", b"three", version)
+    with pytest.raises(FileNotFoundError):
+        storage.read_version("x")
 
 
 def test_storage_travels(storage: Storage) -> None:

@@ -1,0 +1,90 @@
+"""Amending sealed shards: which rows failed, and their second results put in the place of the first.
+
+Why: an image host was down, or a limit was too low. Those rows deserve another try; the millions of good ones beside
+them must not be touched.
+
+The one idea: a retry is a journal of its own. Its parts lie under `_tessera/retry` until they are merged: the sealed
+file is read, its error rows are replaced by what the parts hold, every other row is taken as it is, and the whole is
+swapped for the very file that was read. Merging twice gives the same file, so a kill anywhere costs nothing: whoever
+comes next merges what is left, and only then deletes the parts. A shard without such rows is not even opened.
+"""
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from actors.columns import ERROR, ROW
+from pipeline.files import in_parallel
+from pipeline.ledger import DATA, Ledger
+from pipeline.merge import part_rows, sealed_file
+from pipeline.rows import RowSet
+from pipeline.shards import Shard, output_name
+
+
+def failed_rows(
+    ledger: Ledger, shards: Sequence[Shard], kinds: Collection[str]
+) -> list[tuple[Shard, RowSet]]:
+    """The rows of sealed shards whose error is one of `kinds`, by shard; shards without any are left out.
+
+    Footers say which shards have some; of those, and only those, the error column is read.
+    """
+    scan = ledger.scan()
+    sealed = ((shard, scan.seal_of(shard.name, shard.fingerprint)) for shard in shards)
+    concerned = [shard for shard, seal in sealed if seal and set(seal.stats.errors) & set(kinds)]
+
+    def rows_of(shard: Shard) -> RowSet:
+        with ledger.storage.open(f"{DATA}/{output_name(shard.name)}") as file:
+            kind = pc.struct_field(pq.ParquetFile(file).read(columns=[ERROR])[ERROR], "kind")
+        chosen = pc.is_in(kind, pa.array(sorted(kinds)), skip_nulls=True)
+        return RowSet.of(np.flatnonzero(chosen.to_numpy()))
+
+    return list(zip(concerned, in_parallel(rows_of, concerned), strict=True))
+
+
+def merge_retried(ledger: Ledger, shards: Sequence[Shard]) -> list[str]:
+    """Merges every part of a retry into its sealed shards, deletes the parts, and returns the shards' names.
+
+    Rows of a shard that is not sealed, or was replaced in the input, are of no use any more.
+    """
+    parts = ledger.retried()
+    if not parts:
+        return []
+    scan = ledger.scan()
+    concerned: list[tuple[Shard, list[str]]] = []
+    for shard in shards:
+        mine = [part.path for part in parts if shard.name in part.entries]
+        if mine and scan.seal_of(shard.name, shard.fingerprint):
+            concerned.append((shard, sorted(mine)))
+    in_parallel(lambda item: _amend(ledger, *item), concerned)
+    ledger.guard()
+    ledger.storage.delete([part.path for part in parts])
+    return [shard.name for shard, _ in concerned]
+
+
+def _amend(ledger: Ledger, shard: Shard, parts: Sequence[str]) -> None:
+    path = f"{DATA}/{output_name(shard.name)}"
+    while True:
+        data, version = ledger.storage.read_version(path)
+        before = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
+        tables = [part_rows(part, ledger.storage.read(part), shard, before.schema) for part in parts]
+        amended, _ = sealed_file(shard, _replaced(before, pa.concat_tables(tables)))
+        ledger.guard()
+        if amended == data or ledger.storage.put_if(path, amended, version):
+            return
+
+
+def _replaced(before: pa.Table, retried: pa.Table) -> pa.Table:
+    """`before` with its error rows replaced where `retried` (which has `_row`) holds them; captions win there."""
+    rows = retried[ROW].to_numpy()
+    failed = pc.is_valid(retried[ERROR]).to_numpy()
+    order = np.lexsort((np.arange(len(rows)), failed, rows))  # by row, captions first, then by part
+    chosen = order[np.diff(rows[order], prepend=-1) != 0]
+    was_error = pc.is_valid(before[ERROR]).to_numpy()
+    chosen = chosen[was_error[rows[chosen]]]
+    source = np.arange(before.num_rows)
+    source[rows[chosen]] = before.num_rows + chosen
+    both = pa.concat_tables([before, retried.select(before.column_names)]).combine_chunks()
+    return both.take(source)

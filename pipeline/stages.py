@@ -1,0 +1,47 @@
+"""The stages as a run wants them: they drain when it stops, and captions are published where they are made.
+
+The one idea: Generate publishes its own block. What waits to be written dies with the driver or a node, so it does not
+wait: a kill costs the blocks in the engine, and no queue behind it. A block that is tried again has the same name and
+replaces itself (ledger.py). While one block is being put, others keep the engine full.
+
+Once the run stops, blocks that a stage has not begun are emptied. An empty block costs nothing, so the pipeline runs
+dry by itself.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from actors import generate, preprocess
+from actors.attempts import Attempts
+from pipeline.lease import Fence
+from pipeline.ledger import Ledger
+from pipeline.weather import RETRIES
+
+STORAGE_RETRIES = "storage_retries"
+"""What leaves the pipeline: a row for each block, with how often its process tried storage again since the last."""
+
+
+class Preprocess(preprocess.Preprocess):
+    def __init__(self, fence: Fence, config: preprocess.PreprocessConfig, attempts: Attempts) -> None:
+        super().__init__(config, attempts)
+        self._fence = fence
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        return super().__call__(block.slice(0, 0) if self._fence.stopping() else block)
+
+
+class Generate(generate.Generate):
+    """`folder` is where in `ledger` its parts go."""
+
+    def __init__(
+        self, fence: Fence, config: generate.GenerateConfig, attempts: Attempts, ledger: Ledger, folder: str
+    ) -> None:
+        super().__init__(config, attempts)
+        self._fence, self._ledger, self._folder = fence, ledger, folder
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        captions = super().__call__(block.slice(0, 0) if self._fence.stopping() else block)
+        if captions.num_rows:
+            self._ledger.publish(captions, self._folder)
+        return pa.table({STORAGE_RETRIES: [RETRIES.take()]})

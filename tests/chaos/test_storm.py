@@ -1,0 +1,76 @@
+"""Whatever is killed, and wherever: after restarts the output is that of an undisturbed run, row for row."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.blocks import picture
+from tests.chaos.faults import Manner, armed
+from tests.chaos.ground import VICTIMS, ground
+from tests.chaos.scene import Rows, Scene, audit, poisons, write_input, write_poisoned
+from tests.chaos.storm import POINTS, forecast, weather
+from tests.checkpoints import untrained
+from tests.commands import tessera
+
+SEEDS = (1,)
+ROWS = 320
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory) -> tuple[Scene, Rows]:
+    """A job, and what an undisturbed run of it captions."""
+    root = tmp_path_factory.mktemp("job")
+    write_input(root / "in", rows=ROWS, shards=3, seed=11)
+    scene = Scene(str(root), untrained("llava_onevision"))
+    done = tessera(*scene.run(f"{root}/undisturbed"), RAY_ADDRESS="")
+    assert done.code == 0, done.err
+    expected, _ = scene.captions(f"{root}/undisturbed")
+    assert len(expected) == ROWS
+    return scene, expected
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_row_once_whatever_dies(job, tmp_path, seed):
+    scene, expected = job
+    output = str(tmp_path / "out")
+    with ground(tmp_path / "ground") as here:
+        kills = forecast(seed, len(VICTIMS) + len(POINTS), ROWS)
+        survived = weather(here, scene.run(output), kills, seed)
+        assert not armed(here.folder), "somebody died at every point of publishing and sealing"
+    assert audit(scene, expected, output).clean
+    assert survived.kills["driver"] == survived.kills["node"] == 1
+    assert tessera("verify", *scene.arguments(output)).code == 0
+    assert not list(Path(output, "_tessera/journal").glob("part-*"))
+
+
+def test_rows_that_kill_their_process_become_crash_rows_and_nothing_else_does(tmp_path):
+    places: dict[int, tuple[str, Manner]] = {
+        3: ("preprocess", "segfault"),
+        40: ("preprocess", "kill"),
+        10: ("generate", "lost"),
+        11: ("generate", "exit"),
+    }
+    write_poisoned(tmp_path / "in", 64, poisons(places, picture), lambda row: picture(40 + row % 7, 50))
+    scene = Scene(str(tmp_path), untrained("llava_onevision"))
+    with ground(tmp_path / "ground", nodes=1) as here:
+        survived = weather(here, scene.run(), [], seed=0)
+    found, _ = scene.captions()
+    crashed = {int(name): row[-1] for name, row in found.items() if "'crash'" in row[-1]}
+    assert set(crashed) == set(places) and len(found) == 64
+    for row, (stage, _) in places.items():
+        assert f"'stage': '{stage}'" in crashed[row] and "kills its process" in crashed[row]
+    assert "Segmentation fault" in crashed[3] and "device-side assert" in crashed[10]
+    assert all(row[0] != "None" for name, row in found.items() if int(name) not in places)
+    # Two blocks of 32. The first is generated up to row 10 twice, then once more for each death of row 11.
+    assert survived.captions <= 62 + 10 * 5
+
+
+def test_a_model_that_kills_whoever_loads_it_ends_the_job(tmp_path):
+    write_poisoned(tmp_path / "in", 4, {}, lambda row: picture())
+    scene = Scene(str(tmp_path), untrained("llava_onevision"))
+    with ground(tmp_path / "ground", nodes=1) as here:
+        (here.folder / "no-loading").touch()
+        assert here.start(scene.run()).wait(240) == 1
+        last = here.said().splitlines()[-1]
+    assert last.startswith("tessera: ") and "generate process died 6 times" in last
+    assert "before its first row" in last and "Segmentation fault" in last
