@@ -12,7 +12,7 @@ The object is a plain protocol, so that actors run without a cluster; pipeline/d
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from threading import Condition
 from typing import NoReturn, Protocol
@@ -117,6 +117,10 @@ class Guard:
         self._attempts.settled(rows)
         return pa.concat_tables(results)
 
+    def beside(self) -> AbstractContextManager[None]:
+        """For other work of the process: it never runs beside a row that is tried alone, and does not wait long."""
+        return self._floor.shared(first=True)
+
     def _finish(self, ruling: Ruling, block: pa.Table, work: Callable[[pa.Table], pa.Table]) -> pa.Table:
         result = work(block)  # an error that escapes ends the job or the process: the attempt stays open
         self._attempts.done(ruling.ticket)
@@ -143,9 +147,9 @@ class _Floor:
         self._taken = False
 
     @contextmanager
-    def shared(self) -> Iterator[None]:
+    def shared(self, first: bool = False) -> Iterator[None]:
         with self._changed:
-            self._changed.wait_for(lambda: not self._taken and not self._waiting)
+            self._changed.wait_for(lambda: not self._taken and (first or not self._waiting))
             self._running += 1
         try:
             yield

@@ -131,6 +131,7 @@ def table(
         f"{'  of all rows, a kill':24}{'':>14}{redone / options.rows / max(storm.kills.total(), 1):>14.2%}",
         "",
         f"lost {result.lost}, duplicated {result.duplicated}, differing {result.differing}",
+        *(f"  row {name}: {expected} became {found}" for name, expected, found in result.examples),
     ]
     return "\n".join(lines)
 

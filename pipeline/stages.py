@@ -43,5 +43,6 @@ class Generate(generate.Generate):
     def __call__(self, block: pa.Table) -> pa.Table:
         captions = super().__call__(block.slice(0, 0) if self._fence.stopping() else block)
         if captions.num_rows:
-            self._ledger.publish(captions, self._folder)
+            with self._guard.beside():  # a process killed in here must not incriminate another block's row
+                self._ledger.publish(captions, self._folder)
         return pa.table({STORAGE_RETRIES: [RETRIES.take()]})

@@ -115,9 +115,15 @@ def test_nothing_runs_beside_a_row_that_is_tried_alone():
             running.remove(rows)
         return table
 
+    def other_work() -> None:
+        for _ in range(20):
+            with guard.beside():
+                work(block(1, 50))
+
     threads = [
         threading.Thread(target=guard.run, args=(block(4, first), work)) for first in (0, 10, 100, 20, 30, 40)
     ]
+    threads.append(threading.Thread(target=other_work))
     for thread in threads:
         thread.start()
     for thread in threads:

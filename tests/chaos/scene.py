@@ -68,11 +68,12 @@ class Scene:
 
 @dataclass(frozen=True)
 class Audit:
-    """An output against an undisturbed run's: counts of rows."""
+    """An output against an undisturbed run's: counts of rows, and the first that differ, as (id, expected, found)."""
 
     lost: int
     duplicated: int
     differing: int
+    examples: tuple[tuple[str, object, object], ...] = ()
 
     @property
     def clean(self) -> bool:
@@ -82,10 +83,12 @@ class Audit:
 def audit(scene: Scene, expected: Rows, output: str | None = None) -> Audit:
     """Compares row by row, by the rows' own ids."""
     found, times = scene.captions(output)
+    differing = [name for name in sorted(expected.keys() & found.keys()) if found[name] != expected[name]]
     return Audit(
         lost=len(expected.keys() - found.keys()),
         duplicated=sum(count - 1 for count in times.values()) + len(found.keys() - expected.keys()),
-        differing=sum(found[name] != expected[name] for name in expected.keys() & found.keys()),
+        differing=len(differing),
+        examples=tuple((name, expected[name], found[name]) for name in differing[:5]),
     )
 
 

@@ -37,7 +37,8 @@ def test_every_row_once_whatever_dies(job, tmp_path, seed):
         kills = forecast(seed, len(VICTIMS) + len(POINTS), ROWS)
         survived = weather(here, scene.run(output), kills, seed)
         assert not armed(here.folder), "somebody died at every point of publishing and sealing"
-    assert audit(scene, expected, output).clean
+    result = audit(scene, expected, output)
+    assert result.clean, result
     assert survived.kills["driver"] == survived.kills["node"] == 1
     assert tessera("verify", *scene.arguments(output)).code == 0
     assert not list(Path(output, "_tessera/journal").glob("part-*"))
