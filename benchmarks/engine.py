@@ -37,7 +37,7 @@ from benchmarks.engine_workloads import WORKLOADS, rows
 
 SYSTEMS = ("tessera", "generate", "pipeline", "vllm")
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
-ROWS = {"decode-heavy": 64, "prefill-heavy": 8}
+ROWS = {"decode-heavy": 32, "prefill-heavy": 8}
 
 
 @dataclass(frozen=True)
