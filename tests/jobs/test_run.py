@@ -1,6 +1,7 @@
 """`tessera run`, end to end: real Ray, real checkpoints, local disk and S3; exit codes and what stands in them."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -207,7 +208,9 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     assert 0 < kept < 256
     done = tessera("run", SPEC, *arguments)
     assert done.code == 0 and "256 rows" in done.out, done.err
-    assert f"{256 - kept} of them now" in done.out
+    # Workers of a dead driver may have published a last block before they, too, were gone.
+    now = re.search(r"(\d+) of them now", done.out)
+    assert now and 0 < int(now[1]) <= 256 - kept
     assert pq.read_table(tmp_path / "out/data")["caption"].null_count == 0
 
 
