@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 import actors  # noqa: F401  (hides a torchvision that does not match torch)
-from actors.engine import ContinuousEngine
+from actors.engine.engine import ContinuousEngine
 from actors.engine.types import Request
 from benchmarks.engine_models import FAMILIES, build, sizes_of
 from benchmarks.engine_roofline import measure_rates, utilisation

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from actors.engine import ContinuousEngine
+from actors.engine.engine import ContinuousEngine
 from actors.engine.kv_cache import KVShape
 from actors.engine.packed_linear import PackedLinear
 from actors.engine.sampling import Sampled

@@ -1,15 +1,18 @@
-"""Engines turn token ids and pixels into text. `build_engine` is the one place that knows their names."""
+"""Engines turn token ids and pixels into text. `build_engine` is the one place that knows their names.
+
+Light: the driver and Preprocess import it for its types. The models' code takes seconds, and comes with an engine.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from transformers import PreTrainedModel
-
-from actors.engine.engine import ContinuousEngine
-from actors.engine.reference import ReferenceEngine
 from actors.engine.types import Completion, DeviceLost, Engine, Request, Sampling, row_seed
-from actors.families.base import Family
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from actors.families.base import Family
 
 EngineName = Literal["continuous", "reference"]
 
@@ -27,4 +30,10 @@ __all__ = [
 
 def build_engine(name: EngineName, family: Family, model: PreTrainedModel) -> Engine:
     """The engine of that name over a loaded model, which is then the engine's own."""
-    return ContinuousEngine(family, model) if name == "continuous" else ReferenceEngine(family, model)
+    if name == "continuous":
+        from actors.engine.engine import ContinuousEngine
+
+        return ContinuousEngine(family, model)
+    from actors.engine.reference import ReferenceEngine
+
+    return ReferenceEngine(family, model)

@@ -11,17 +11,21 @@ overrides both by its own defaults (980, no split) unless they are passed to the
 with those defaults.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from actors.families.base import Family, ImageLayout, Size, check_features, vision_dtype
 from actors.families.checkpoint import Checkpoint, CheckpointError
 from actors.images.anyres import best_resolution, fit
 from actors.images.tiling import BICUBIC, pad_to, resize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SPLIT_RATIOS = (
     *((1, columns) for columns in range(2, 9)),

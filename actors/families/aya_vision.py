@@ -7,19 +7,23 @@ START, then TILE_1 and its placeholders, TILE_2 ..., TILE_GLOBAL and the thumbna
 `layout.grid` is (rows, columns); (1, 1) means the whole image in one tile, without a thumbnail.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from actors.families.base import Family, ImageLayout, Size, check_features, vision_dtype
 from actors.families.checkpoint import Checkpoint, CheckpointError, square_side
 from actors.images import tiling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class AyaVision(Family):

@@ -8,22 +8,26 @@ and `embed_images`, and register it in `actors/families/__init__.py`. One that t
 `video_token_id`, `video_placeholder`, `check_videos`, `layout_video` and `tile_frame` as well.
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from jinja2 import TemplateError
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from actors.errors import RowError
 from actors.families.checkpoint import Checkpoint, CheckpointError
 from actors.families.messages import Kind, Message, parts, slots, texts
 from actors.images.normalize import PixelTable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Size = tuple[int, int]
 """(height, width) in pixels."""
@@ -37,7 +41,7 @@ class PromptError(RowError):
     def __init__(self, message: str) -> None:
         super().__init__("prompt", message)
 
-    def __reduce__(self) -> tuple[type["PromptError"], tuple[str]]:
+    def __reduce__(self) -> tuple[type[PromptError], tuple[str]]:
         return type(self), (self.message,)
 
 

@@ -11,20 +11,25 @@ of `processor(text=text)`: `<s> [text]`, with no `<0x04>` (beginning of answer).
 are text like any other: stock means to transform their coordinates, but throws the result away.
 """
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import FuyuForCausalLM, PreTrainedModel
 
 from actors.families.base import Family, ImageLayout, PromptError, Size, check_features
 from actors.families.checkpoint import Checkpoint, CheckpointError
 from actors.families.messages import Message, texts
 from actors.images.tiling import BILINEAR, pad, resize, split
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NEWLINE = "|NEWLINE|"
 BEGINNING_OF_ANSWER = "<0x04>"
@@ -58,9 +63,15 @@ class Fuyu(Family):
         self.bos_id = self.token_id("<s>")
         # Answers end with the tokenizer's |ENDOFTEXT|, whatever id the config names.
         self.eos_token_ids |= {int(self.tokenizer.eos_token_id)} if self.tokenizer.eos_token else set()
-        # transformers before 5.23 calls them image_patches, and 5.24 forgets that name.
+
+    @cached_property
+    def input_name(self) -> str:
+        """What the model calls its patches: transformers before 5.23 says image_patches, and 5.24 forgets that name."""
+        # Not above: only who has the model needs its code, and that takes seconds.
+        from transformers import FuyuForCausalLM
+
         named = inspect.signature(FuyuForCausalLM.forward).parameters
-        self.input_name = "pixel_values" if "pixel_values" in named else "image_patches"
+        return "pixel_values" if "pixel_values" in named else "image_patches"
 
     @property
     def reserved(self) -> tuple[str, ...]:

@@ -12,16 +12,17 @@ itself, videos of any lengths share a call.
 `layout.grid` is (rows, columns) of tiles beside the whole view; (0, 0) marks one of several images in a row.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping, Sequence
 from itertools import product
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
 
 from actors.errors import RowError
 from actors.families.base import Family, ImageLayout, Size, VideoSize, check_features, vision_dtype
@@ -30,6 +31,9 @@ from actors.families.messages import user_message
 from actors.images import tiling
 from actors.images.anyres import best_resolution, fit
 from actors.images.normalize import PixelTable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MULTI: tuple[int, int] = (0, 0)
 """`layout.grid` of an image that shares its row with others."""

@@ -3,7 +3,8 @@
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import boto3
@@ -13,17 +14,42 @@ from s3fs import S3FileSystem
 from pipeline import lease
 from pipeline.storage import Storage
 from tests.chaos.proxy import WEATHER, bad_weather
-from tests.chaos.scene import Scene, audit, write_input
+from tests.chaos.scene import Rows, Scene, audit, write_input
 from tests.checkpoints import untrained
 from tests.commands import environment, tessera
 
+ROWS = 64
 
-def scene_on_s3(tmp_path: Path, endpoint: str, url: str, rows: int) -> Scene:
-    write_input(tmp_path / "in", rows=rows, shards=2, seed=5)
+
+def scene_on_s3(tmp_path: Path, endpoint: str, url: str) -> Scene:
+    write_input(tmp_path / "in", rows=ROWS, shards=2, seed=5)
     client = boto3.client("s3", endpoint_url=endpoint)
     for path in sorted((tmp_path / "in").iterdir()):
         client.upload_file(str(path), url.removeprefix("s3://"), f"in/{path.name}")
     return Scene(url, untrained("llava_onevision"))
+
+
+@dataclass(frozen=True)
+class TwoRuns:
+    """Two runs of one job, started at once: exit code and last words of each, and what the rows became."""
+
+    ends: list[tuple[int, str]]
+    captions: Rows
+    times: Counter[str]
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory, ray_address, s3_endpoint) -> TwoRuns:
+    bucket = "test-two-runs"
+    boto3.client("s3", endpoint_url=s3_endpoint).create_bucket(Bucket=bucket)
+    scene = scene_on_s3(tmp_path_factory.mktemp("two-runs"), s3_endpoint, f"s3://{bucket}")
+    command = [sys.executable, "-m", "jobs.cli", *scene.run()]
+    runs = [
+        subprocess.Popen(command, env=environment(RAY_ADDRESS=ray_address), stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    words = [run.communicate(timeout=200)[1] for run in runs]
+    return TwoRuns([(run.returncode, said) for run, said in zip(runs, words, strict=True)], *scene.captions())
 
 
 @pytest.fixture
@@ -56,32 +82,21 @@ def test_storage_keeps_its_promises_in_any_weather(s3_endpoint, s3_url, monkeypa
         assert proxy.met.total() >= len(WEATHER)
 
 
-def test_a_run_in_bad_weather_ends_as_in_good(tmp_path, ray_address, s3_endpoint, s3_url):
-    scene = scene_on_s3(tmp_path, s3_endpoint, s3_url, rows=64)
+def test_of_two_runs_at_once_one_works_and_the_other_says_who(two_runs):
+    (winner, _), (loser, said) = sorted(two_runs.ends)
+    assert (winner, loser) == (0, 4), two_runs.ends
+    assert "is held by run " in said and "--take-over" in said
+    assert len(two_runs.captions) == ROWS and set(two_runs.times.values()) == {1}
+
+
+def test_a_run_in_bad_weather_ends_as_in_good(tmp_path, ray_address, s3_endpoint, s3_url, two_runs):
+    scene = scene_on_s3(tmp_path, s3_endpoint, s3_url)
     with bad_weather(s3_endpoint, seed=3, share=0.2) as proxy:
         # The driver lists, plans, seals and verifies in bad weather; the cluster's processes in good.
         done = tessera(*scene.run(), RAY_ADDRESS=ray_address, AWS_ENDPOINT_URL=proxy.endpoint)
         assert done.code == 0, done.err
         assert proxy.met.total() > 5
-    calm = f"{s3_url}/calm"
-    assert tessera(*scene.run(calm), RAY_ADDRESS=ray_address).code == 0
-    assert audit(scene, scene.captions(calm)[0]).clean
-
-
-def test_of_two_runs_at_once_one_works_and_the_other_says_who(tmp_path, ray_address, s3_endpoint, s3_url):
-    scene = scene_on_s3(tmp_path, s3_endpoint, s3_url, rows=64)
-    command = [sys.executable, "-m", "jobs.cli", *scene.run()]
-    runs = [
-        subprocess.Popen(command, env=environment(RAY_ADDRESS=ray_address), stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    ends = [(run, run.communicate(timeout=200)[1]) for run in runs]
-    codes = sorted(run.returncode for run, _ in ends)
-    assert codes == [0, 4], ends
-    (loser,) = (said for run, said in ends if run.returncode == 4)
-    assert "is held by run " in loser and "--take-over" in loser
-    found, times = scene.captions()
-    assert len(found) == 64 and set(times.values()) == {1}
+    assert audit(scene, two_runs.captions).clean
 
 
 @pytest.mark.usefixtures("fresh_clients")

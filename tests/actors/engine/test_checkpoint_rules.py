@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from actors.engine import Completion, ContinuousEngine, Request, Sampling
+from actors.engine import Completion, Request, Sampling
+from actors.engine.engine import ContinuousEngine
 from actors.engine.reference import ReferenceEngine
 from actors.engine.scheduler import Limits
 from actors.families import CheckpointError

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from actors.engine import ContinuousEngine, Sampling
+from actors.engine import Sampling
 from actors.engine.attention import window_mask
+from actors.engine.engine import ContinuousEngine
 from actors.engine.graphs import DecodeGraphs
 from actors.engine.kv_cache import KVShape
 from actors.engine.paged import PAGE, PagedCache

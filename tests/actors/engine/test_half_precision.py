@@ -7,7 +7,9 @@ import copy
 import pytest
 import torch
 
-from actors.engine import ContinuousEngine, ReferenceEngine, Sampling
+from actors.engine import Sampling
+from actors.engine.engine import ContinuousEngine
+from actors.engine.reference import ReferenceEngine
 from tests.actors.engine.subjects import FAMILIES, Row, subject
 
 

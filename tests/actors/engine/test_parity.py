@@ -11,7 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from actors.engine import Completion, ContinuousEngine, Sampling
+from actors.engine import Completion, Sampling
+from actors.engine.engine import ContinuousEngine
 from actors.engine.scheduler import Limits
 from tests.actors.engine.subjects import FAMILIES, Row, subject
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from actors.engine import ContinuousEngine, DeviceLost, Request, Sampling
+from actors.engine import DeviceLost, Request, Sampling
+from actors.engine.engine import ContinuousEngine
 from actors.engine.scheduler import Chunk, Limits
 from tests.actors.engine.subjects import Row, subject
 from tests.actors.engine.test_parity import assert_equal, pool, run

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from actors.engine import ContinuousEngine, Request, Sampling
+from actors.engine import Request, Sampling
+from actors.engine.engine import ContinuousEngine
 from actors.engine.reference import ReferenceEngine
 from actors.engine.scheduler import Limits
 from actors.families import Family, load_family, load_model, user_message
