@@ -6,6 +6,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.checkpoints import untrained
+
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 
@@ -40,6 +42,17 @@ def tessera(*arguments: str | Path, timeout: float = 240, **extra: str) -> Finis
 def settings(**fields: object) -> list[str]:
     """--set options; a double underscore stands for a dot."""
     return [f"--set={name.replace('__', '.')}={value}" for name, value in fields.items()]
+
+
+def options(tmp_path: Path, **changes: object) -> list[str]:
+    """--set options of a short job from in/ to out/ in `tmp_path`, on a model of random weights."""
+    fields: dict[str, object] = {
+        "input__path": tmp_path / "in",
+        "output__path": tmp_path / "out",
+        "model__path": untrained("llava_onevision"),
+        "generation__max_new_tokens": 6,
+    }
+    return settings(**{**fields, **changes})
 
 
 def ray_environment() -> dict[str, str]:

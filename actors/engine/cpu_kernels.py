@@ -75,6 +75,9 @@ class AttentionKernel:
         it if given. Without, every query sees every key. Only the last dimension need be contiguous. The result is
         written to `out` if given.
         """
+        for tensor in (query, keys, values):
+            if tensor.stride(-1) != 1:  # C would read its neighbours
+                raise ValueError(f"the last of dimensions {tuple(tensor.shape)} is not contiguous")
         batch, heads, queries, dim = query.shape
         if out is None:
             out = query.new_empty(batch, queries, heads, dim)

@@ -96,7 +96,6 @@ class Family(ABC):
         self.eos_token_ids = checkpoint.eos_token_ids
         self.image_token_id = int(checkpoint.config.image_token_id)
         self.max_positions = int(checkpoint.config.get_text_config().max_position_embeddings)
-        """Tokens that prompt and caption may have together."""
         given = {key: value for key, value in checkpoint.image_processor.items() if value is not None}
         self.image_config: dict[str, Any] = {**self.image_defaults, **given}
         self.normalize = PixelTable(

@@ -20,19 +20,9 @@ from pipeline.ledger import JOURNAL, RETRY, RUNS
 from pipeline.storage import Storage
 from tests.blocks import picture
 from tests.checkpoints import untrained
-from tests.commands import ROOT, environment, settings, tessera
+from tests.commands import ROOT, environment, options, tessera
 
 SPEC = "examples/llava_onevision.yaml"
-
-
-def options(tmp_path: Path, **changes: object) -> list[str]:
-    fields: dict[str, object] = {
-        "input__path": tmp_path / "in",
-        "output__path": tmp_path / "out",
-        "model__path": untrained("llava_onevision"),
-        "generation__max_new_tokens": 6,
-    }
-    return settings(**{**fields, **changes})
 
 
 @contextmanager

@@ -23,20 +23,10 @@ from pipeline.shards import discover
 from pipeline.spec import load_spec
 from tests.blocks import generate_config, picture, preprocess_config, source_block
 from tests.checkpoints import untrained
-from tests.commands import ROOT, environment, settings, tessera
+from tests.commands import ROOT, environment, options, settings, tessera
 
 SPEC = "examples/llava_onevision.yaml"
 COLUMNS = ["caption", "finish_reason", "prompt_tokens", "image_tokens", "generated_tokens", "error"]
-
-
-def options(tmp_path: Path, **changes: object) -> list[str]:
-    fields: dict[str, object] = {
-        "input__path": tmp_path / "in",
-        "output__path": tmp_path / "out",
-        "model__path": untrained("llava_onevision"),
-        "generation__max_new_tokens": 6,
-    }
-    return settings(**{**fields, **changes})
 
 
 def test_captions_every_row_in_order_and_repeats_nothing(tmp_path, ray_address):

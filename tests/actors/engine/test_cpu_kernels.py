@@ -85,3 +85,12 @@ def test_many_queries_attend_like_scaled_dot_product_attention(
     expected = F.scaled_dot_product_attention(query, keys, values, mask, scale=0.125, enable_gqa=True)
     found = kernel.attend(query, keys, values, 0.125, past, None if past is None else window)
     torch.testing.assert_close(found.transpose(1, 2), expected, rtol=2e-4, atol=2e-5 * spread)
+
+
+@pytest.mark.skipif(which("cc") is None, reason="needs a C compiler")
+def test_gaps_in_the_last_dimension_are_refused() -> None:
+    kernel = attention_kernel(2, 1, 8, torch.float32)
+    assert kernel is not None
+    whole = torch.zeros(1, 2, 3, 8)
+    with pytest.raises(ValueError, match="not contiguous"):
+        kernel.attend(torch.zeros(1, 2, 3, 16)[..., ::2], whole, whole, 1.0)
