@@ -134,7 +134,13 @@ def model_config(family: str, size: str, ids: dict[str, int]) -> PreTrainedConfi
     if family == "fuyu":
         del text["num_key_value_heads"], text["head_dim"]
         text |= {"model_type": "persimmon", "qk_layernorm": True}
-        return FuyuConfig(text_config=text, patch_size=30, image_size=300, image_token_id=ids["|SPEAKER|"])
+        return FuyuConfig(
+            text_config=text,
+            hidden_size=hidden,  # as released checkpoints have it: older transformers reads it
+            patch_size=30,
+            image_size=300,
+            image_token_id=ids["|SPEAKER|"],
+        )
     widths = VISION[size]
     vision: dict[str, Any] = {
         "hidden_size": widths[0],

@@ -217,19 +217,21 @@ class LlavaOnevision(Family):
     def _embed_videos(self, model: PreTrainedModel, videos: Sequence[Tensor]) -> list[Tensor]:
         """uint8 `[frames, *tile_shape]` of each video -> its `[tokens, D]`.
 
-        Each frame goes to the model as a video of its own, which yields the frame's features and the newline:
-        a video is its frames' features and one newline, whatever the lengths of the others.
+        Each frame goes to the model as a video of its own: a video is its frames' features and one newline, whatever
+        the lengths of the others. Releases of transformers differ in the argument's name and in whether the newline
+        comes with the features, so neither is relied upon.
         """
         encoded = torch.cat(
             [
                 model.get_video_features(
-                    pixel_values_videos=self.normalize_frames(frames, vision_dtype(model))[:, None]
-                ).pooler_output
+                    self.normalize_frames(frames, vision_dtype(model))[:, None]
+                ).pooler_output[:, : self._frame_tokens]
                 for frames in torch.cat(list(videos)).split(_FRAMES_AT_ONCE)
             ]
         )
+        newline = model.model.image_newline[None].to(encoded)
         return [
-            torch.cat([frames[:, :-1].flatten(0, 1), frames[-1, -1:]])
+            torch.cat([frames.flatten(0, 1), newline])
             for frames in encoded.split([len(video) for video in videos])
         ]
 

@@ -176,6 +176,7 @@ def model_config(family: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedC
         }
         return FuyuConfig(
             text_config={**text, **persimmon},
+            hidden_size=text["hidden_size"],  # as released checkpoints have it: older transformers reads it
             patch_size=PATCH,
             image_size=FUYU_SIZE,
             image_token_id=tokenizer.convert_tokens_to_ids("|SPEAKER|"),

@@ -30,6 +30,7 @@ def fuyu() -> Parts:
             "eos_token_id": 2,
             "initializer_range": 0.5,
         },
+        hidden_size=16,
         image_token_id=tokenizer.convert_tokens_to_ids("|SPEAKER|"),
     )
     processor = FuyuProcessor(FuyuImageProcessor(), tokenizer)
