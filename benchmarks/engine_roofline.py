@@ -40,7 +40,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     if (
         device.type == "cpu" and dtype == torch.float32
     ):  # another library than mm's, twice as fast on some machines
-        packed = PackedLinear(torch.nn.Linear(side, side))
+        packed = PackedLinear(torch.randn(side, side), None)
         products.append(lambda: packed(a))
     return Rates(
         flops=2 * side**3 / min(_best_seconds(product) for product in products),

@@ -2,35 +2,12 @@
 
    Compiled for a model's shape: HEADS key heads of DIM, each shared by GROUP query heads. `cpu_kernels.py` compiles and
    calls it. */
-#include <math.h>
-#include <stdlib.h>
-#include <string.h>
+#include "cpu_tile.h"
 
-#ifdef __AVX512F__
-#define W 16            /* floats of a vector */
-#define NV 4            /* vectors of a register tile's row */
-#else
-#define W 8
-#define NV 2
-#endif
-#define QB 6            /* queries of a register tile: QB * NV accumulators, as many as registers hold */
 #define TASK (8 * QB)   /* queries of a task */
 #define TILE 64         /* keys at once: theirs and their values' slices stay in the first-level cache */
 #define VECTORS ((DIM + W - 1) / W)
 #define WIDE (VECTORS * W)
-
-typedef float vec __attribute__((vector_size(4 * W)));
-
-/* exp(x) for x <= 0 to 1e-7: 2^n times a polynomial on [-ln2/2, ln2/2] (Cephes, expf); it vectorises. */
-static inline float exp_(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    float n = nearbyintf(x * 1.44269504088896341f), r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f; p = p * r + 8.3334519073e-3f; p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f; p = p * r + 5.0000001201e-1f; p = p * r * r + r + 1.0f;
-    union { int i; float f; } power = { ((int)n + 127) << 23 };
-    return p * power.f;
-}
 
 /* q, out [rows, HEADS, GROUP, DIM]; keys, values [HEADS, capacity, DIM]; a row attends to [starts, ends). */
 void decode(const float *q, const float *keys, const float *values, float *out, const long *starts, const long *ends,
@@ -68,29 +45,6 @@ void decode(const float *q, const float *keys, const float *values, float *out, 
     }
 }
 
-/* c [QB, n * W] = (c * keep[row] +) a [QB, depth] * b [depth, n * W]; n is a constant at every call. */
-static inline __attribute__((always_inline)) void product(const int n, const float *a, long lda, const float *b, long ldb,
-        long depth, float *c, long ldc, const float *keep) {
-    vec sum[QB][NV];
-    #pragma GCC unroll 8
-    for (int i = 0; i < QB; i++)
-        #pragma GCC unroll 4
-        for (int j = 0; j < n; j++) sum[i][j] = keep ? *(vec *)(c + i * ldc + j * W) * keep[i] : (vec){0};
-    for (long k = 0; k < depth; k++) {
-        vec row[NV];
-        #pragma GCC unroll 4
-        for (int j = 0; j < n; j++) row[j] = *(const vec *)(b + k * ldb + j * W);
-        #pragma GCC unroll 8
-        for (int i = 0; i < QB; i++)
-            #pragma GCC unroll 4
-            for (int j = 0; j < n; j++) sum[i][j] += a[i * lda + k] * row[j];
-    }
-    #pragma GCC unroll 8
-    for (int i = 0; i < QB; i++)
-        #pragma GCC unroll 4
-        for (int j = 0; j < n; j++) *(vec *)(c + i * ldc + j * W) = sum[i][j];
-}
-
 /* stride: of batch, head and token in q, keys, values and out, in floats.
    Causal where past >= 0: query i stands at past + i and sees what is not after it, `window` tokens of it at most. */
 void attend(const float *q, const float *keys, const float *values, float *out, const long *stride, long batch,
@@ -119,6 +73,8 @@ void attend(const float *q, const float *keys, const float *values, float *out, 
         long begin = block * TASK, rows = queries - begin < TASK ? queries - begin : TASK;
         float query[TASK][DIM] __attribute__((aligned(64))), total[TASK][WIDE] __attribute__((aligned(64)));
         float score[QB][TILE] __attribute__((aligned(64))), most[TASK], all[TASK], keep[QB];
+        const float *scores[QB], *some[QB];
+        for (int i = 0; i < QB; i++) scores[i] = score[i];
         for (long i = 0; i < TASK; i++) {
             const float *from = q + row * stride[0] + head * stride[1] + (begin + i) * stride[2];
             for (int d = 0; d < DIM; d++) query[i][d] = i < rows ? from[d] * scale : 0;
@@ -137,9 +93,10 @@ void attend(const float *q, const float *keys, const float *values, float *out, 
             for (long i0 = 0; i0 < rows; i0 += QB) {
                 long position = past + begin + i0;
                 if (past >= 0 && (first > position + QB - 1 || first + TILE <= position - window + 1)) continue;
+                for (int i = 0; i < QB; i++) some[i] = query[i0 + i];
                 #pragma GCC unroll 4
                 for (int j = 0; j < TILE; j += NV * W)
-                    product(NV, query[i0], DIM, kt + j, TILE, DIM, score[0] + j, TILE, 0);
+                    product(NV, some, kt + j, TILE, DIM, score[0] + j, TILE, 0);
                 int whole = count == TILE && (past < 0 || (first + TILE - 1 <= position && first > position + QB - 1 - window));
                 for (int i = 0; i < QB; i++) {
                     if (!whole) {
@@ -158,9 +115,9 @@ void attend(const float *q, const float *keys, const float *values, float *out, 
                 }
                 int column = 0;
                 for (; column + NV <= VECTORS; column += NV)
-                    product(NV, score[0], TILE, vp + column * W, WIDE, count, total[i0] + column * W, WIDE, keep);
+                    product(NV, scores, vp + column * W, WIDE, count, total[i0] + column * W, WIDE, keep);
                 if (VECTORS % NV)
-                    product(VECTORS % NV, score[0], TILE, vp + column * W, WIDE, count, total[i0] + column * W, WIDE, keep);
+                    product(VECTORS % NV, scores, vp + column * W, WIDE, count, total[i0] + column * W, WIDE, keep);
             }
         }
         for (long i = 0; i < rows; i++) {

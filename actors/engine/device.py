@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from actors.engine.attention import Cache
 from actors.engine.cpu import CpuCache, use_image_attention
 from actors.engine.cpu_kernels import attention_kernel
+from actors.engine.experts import choose_experts
 from actors.engine.kv_cache import KVShape
-from actors.engine.packed_experts import choose_experts
 from actors.engine.packed_linear import pack_linears
 from actors.engine.paged import PagedCache
 from actors.engine.scheduler import Limits
@@ -53,8 +53,9 @@ def prepare_device(
     limits = limits or (CUDA_LIMITS if kind == "cuda" else CPU_LIMITS)
     _, height, width = family.tile_shape
     tiles = max(1, _TILE_PIXELS[kind] // (height * width))
-    packed = _prepare_cpu(model) if kind == "cpu" else 0
-    choose_experts(model, packs=packed > 0)
+    if kind == "cpu":
+        _prepare_cpu(model)
+    choose_experts(model)
     if kv_tokens is None:
         fits = _cache_bytes(model, limits) // shape.bytes_per_token
         kv_tokens = max(1, min(fits, limits.sequences * family.max_positions))
@@ -65,8 +66,8 @@ def prepare_device(
     return Device(CpuCache(shape, kv_tokens, kernel), limits, tiles)
 
 
-def _prepare_cpu(model: PreTrainedModel) -> int:
-    """Re-arranges the layers of `model`; returns how many linear ones are packed."""
+def _prepare_cpu(model: PreTrainedModel) -> None:
+    """Re-arranges the layers of `model`."""
     _keep_freed_memory()
     use_image_attention(model)
     for module in model.modules():
@@ -74,7 +75,7 @@ def _prepare_cpu(model: PreTrainedModel) -> int:
             # Patches then come out one after the other, [tiles, patches, D] without gaps. Otherwise every layer of the
             # tower adds to and normalises a transposed view.
             module.weight.data = module.weight.data.to(memory_format=torch.channels_last)
-    return pack_linears(model)
+    pack_linears(model)
 
 
 def _keep_freed_memory() -> None:

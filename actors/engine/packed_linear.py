@@ -7,7 +7,10 @@ The operators are those that torch's own compiler emits; where they are missing,
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
@@ -33,12 +36,12 @@ def bucket(rows: int) -> int:
 class PackedLinear(nn.Module):
     """A frozen `nn.Linear` whose weight is an opaque packed tensor of the same shape and dtype."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().contiguous(), None)
+        self.out_features, self.in_features = weight.shape
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
         self.weight = nn.Parameter(packed, requires_grad=False)
-        self.bias = linear.bias
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.then: tuple[str, str] = ("none", "")
         """The activation, and its variant, applied while the product's tiles are still in cache."""
 
@@ -51,37 +54,111 @@ class PackedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, packed"
 
 
-def pack_linears(model: nn.Module) -> int:
-    """Replaces the plain float32 linear layers of a frozen CPU model by packed ones; returns how many.
+class PackedGatedMLP(nn.Module):
+    """A frozen feed-forward block, down(act(gate(x)) * up(x)); the product, too, is applied to tiles in cache."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        layers = (getattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj"))
+        self.gate_proj, self.up_proj, self.down_proj = (
+            PackedLinear(layer.weight, layer.bias) for layer in layers
+        )
+        self.gate_proj.then = _FUSED[type(mlp.act_fn)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = self.up_proj
+        product = torch.ops.mkldnn._linear_pointwise.binary
+        output: Tensor = self.down_proj(product(x, self.gate_proj(x), up.weight, up.bias, "mul"))
+        return output
+
+
+class PackedAttention(nn.Module):
+    """A frozen `nn.MultiheadAttention` (batch first), as Aria's projector attends to its patches. The stock module
+    projects its inputs as views of the other order, and so with one small product a patch."""
+
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        super().__init__()
+        parts = zip(attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3), strict=True)
+        self.q_proj, self.k_proj, self.v_proj = (PackedLinear(weight, bias) for weight, bias in parts)
+        self.out_proj = PackedLinear(attention.out_proj.weight, attention.out_proj.bias)
+        self.heads = attention.num_heads
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        """query [B, Q, D], key and value [B, N, D], `attn_mask` bool [B * heads, Q, N], True where a query must not
+        look -> [B, Q, D]."""
+        q, k, v = (
+            project(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for project, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
+        )
+        mask = None
+        if attn_mask is not None:
+            if attn_mask.stride(1) == 0:  # the same for every query: once is enough
+                attn_mask = attn_mask[:, :1]
+            hidden = attn_mask.unflatten(0, (-1, self.heads))
+            mask = torch.zeros_like(hidden, dtype=q.dtype).masked_fill_(hidden, float("-inf"))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out_proj(attended.transpose(1, 2).flatten(2)), None
+
+
+def pack_linears(model: nn.Module) -> None:
+    """Replaces the plain float32 linear layers of a frozen CPU model, and blocks made of them, by packed ones.
 
     Other holders of a weight (embeddings tied to the output layer) keep theirs: only then is it in memory twice.
     """
     if not _available():
-        return 0
-    packed = 0
+        return
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if type(child) is nn.Linear and child.weight.dtype == torch.float32:
-                setattr(module, name, PackedLinear(child))
-                packed += 1
+            if _is_gated_mlp(child):
+                setattr(module, name, PackedGatedMLP(child))
+            elif _is_plain_attention(child):
+                setattr(module, name, PackedAttention(child))
+            elif _is_plain_linear(child):
+                setattr(module, name, PackedLinear(child.weight, child.bias))
         _fuse_activation(module)
-    return packed
 
 
-def _fuse_activation(mlp: nn.Module) -> None:
-    """Lets a packed layer apply the activation that follows it in every feed-forward block of these families."""
-    for linear, activation in (("fc1", "activation_fn"), ("gate_proj", "act_fn")):
-        layer, function = getattr(mlp, linear, None), getattr(mlp, activation, None)
-        if isinstance(layer, PackedLinear) and type(function) in _FUSED:
-            layer.then = _FUSED[type(function)]
-            setattr(mlp, activation, nn.Identity())
+def _is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    return type(module) is nn.Linear and module.weight.dtype == torch.float32
+
+
+def _is_gated_mlp(module: nn.Module) -> bool:
+    layers = dict(module.named_children())
+    activation = layers.pop("act_fn", None)
+    return (
+        type(activation) in _FUSED
+        and layers.keys() == {"gate_proj", "up_proj", "down_proj"}
+        and all(map(_is_plain_linear, layers.values()))
+    )
+
+
+def _is_plain_attention(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
+    return (
+        isinstance(module, nn.MultiheadAttention)
+        and module.batch_first
+        and module.in_proj_weight is not None  # keys and values as wide as queries
+        and module.in_proj_weight.dtype == torch.float32
+        and module.in_proj_bias is not None
+        and module.bias_k is None
+        and not module.add_zero_attn
+    )
+
+
+def _fuse_activation(block: nn.Module) -> None:
+    """Lets a vision tower's first feed-forward layer apply the activation that follows it."""
+    layer, function = getattr(block, "fc1", None), getattr(block, "activation_fn", None)
+    if isinstance(layer, PackedLinear) and type(function) in _FUSED:
+        layer.then = _FUSED[type(function)]
+        block.activation_fn = nn.Identity()
 
 
 def _available() -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
     try:
-        probe = PackedLinear(nn.Linear(8, 8))
+        probe = PackedLinear(torch.zeros(8, 8), None)
         probe(torch.zeros(1, 8))
     except (AttributeError, RuntimeError):
         return False

@@ -1,4 +1,4 @@
-"""The compiled attention against torch's, and the engine without it."""
+"""The compiled kernels against torch's arithmetic, and the engine without them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actors.engine import cpu_kernels
 from actors.engine.attention import window_mask
-from actors.engine.cpu_kernels import attention_kernel
+from actors.engine.cpu import CpuCache
+from actors.engine.cpu_kernels import ExpertsKernel, attention_kernel
 from tests.actors.engine.subjects import FAMILIES
 from tests.actors.engine.test_parity import assert_equal, engine, pool, run
 
@@ -52,9 +54,22 @@ def test_kernel_is_scaled_dot_product_attention(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_a_compiler_tokens_are_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = engine(family, 3)
-    monkeypatch.setattr(one.cache, "kernel", None)
-    assert_equal(family, pool(family), run(one, family, pool(family)))
+    def no_compiler(*_: object, **__: object) -> None:
+        raise FileNotFoundError("cc")
+
+    def forget() -> None:
+        cpu_kernels.attention_kernel.cache_clear()
+        cpu_kernels._experts_library.cache_clear()
+
+    forget()
+    monkeypatch.setattr(cpu_kernels, "_compile", no_compiler)
+    try:
+        one = engine(family, 3)
+        assert isinstance(one.cache, CpuCache)
+        assert one.cache.kernel is None
+        assert_equal(family, pool(family), run(one, family, pool(family)))
+    finally:
+        forget()
 
 
 def test_other_types_have_no_kernel() -> None:
@@ -94,3 +109,34 @@ def test_gaps_in_the_last_dimension_are_refused() -> None:
     whole = torch.zeros(1, 2, 3, 8)
     with pytest.raises(ValueError, match="not contiguous"):
         kernel.attend(torch.zeros(1, 2, 3, 16)[..., ::2], whole, whole, 1.0)
+
+
+@pytest.mark.skipif(which("cc") is None, reason="needs a C compiler")
+@settings(derandomize=True, max_examples=60, deadline=None)
+@given(
+    shape=st.sampled_from([(1, 1, 1, 1), (4, 2, 64, 32), (5, 3, 20, 33), (16, 4, 130, 70)]),
+    tokens=st.integers(1, 70),
+    spread=st.sampled_from([0.1, 1.0, 30.0]),
+)
+def test_experts_are_the_weighted_sum_of_gated_layers(
+    shape: tuple[int, int, int, int], tokens: int, spread: float
+) -> None:
+    count, choices, width, inner = shape
+    generator = torch.Generator().manual_seed(tokens)
+    gate_up, down = (
+        torch.randn(*sizes, generator=generator) * spread / sizes[1] ** 0.5
+        for sizes in ((count, width, 2 * inner), (count, inner, width))
+    )
+    hidden = torch.randn(tokens, width, generator=generator)
+    shares, chosen = torch.rand(tokens, count, generator=generator).topk(choices)
+    expected = torch.zeros(tokens, width)
+    for token in range(tokens):
+        for expert, share in zip(chosen[token].tolist(), shares[token], strict=True):
+            gate, up = (hidden[token] @ gate_up[expert]).chunk(2)
+            expected[token] += share * ((F.silu(gate) * up) @ down[expert])
+    kernel = ExpertsKernel(gate_up, down)
+    found = kernel(hidden, chosen, shares)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * max(1, float(expected.abs().max())))
+    # Whatever stands beside it, a token's result is the same to the last bit.
+    alone = kernel(hidden[-1:], chosen[-1:], shares[-1:])
+    assert torch.equal(alone, found[-1:])
