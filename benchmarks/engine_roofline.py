@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from actors.engine.cpu_layers import PackedLinear
 from actors.engine.engine import ContinuousEngine
 from actors.engine.kv_cache import KVShape
-from actors.engine.packed_linear import PackedLinear
 from actors.engine.sampling import Sampled
 from actors.engine.scheduler import Chunk
 from actors.engine.types import Request

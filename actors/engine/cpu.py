@@ -18,8 +18,8 @@ from transformers.masking_utils import sdpa_mask
 
 from actors.engine.attention import window_mask
 from actors.engine.cpu_kernels import AttentionKernel, attention_kernel
+from actors.engine.cpu_layers import bucket
 from actors.engine.kv_cache import KVShape, Run, RunAllocator
-from actors.engine.packed_linear import bucket
 from actors.engine.scheduler import Chunk
 
 _IMAGE_ATTENTION = "tessera_images"

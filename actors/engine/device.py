@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from actors.engine.attention import Cache
 from actors.engine.cpu import CpuCache, use_image_attention
 from actors.engine.cpu_kernels import attention_kernel
+from actors.engine.cpu_layers import prepare_layers
 from actors.engine.experts import choose_experts
 from actors.engine.kv_cache import KVShape
-from actors.engine.packed_linear import pack_linears
 from actors.engine.paged import PagedCache
 from actors.engine.scheduler import Limits
 from actors.families.base import Family
@@ -75,7 +75,7 @@ def _prepare_cpu(model: PreTrainedModel) -> None:
             # Patches then come out one after the other, [tiles, patches, D] without gaps. Otherwise every layer of the
             # tower adds to and normalises a transposed view.
             module.weight.data = module.weight.data.to(memory_format=torch.channels_last)
-    pack_linears(model)
+    prepare_layers(model)
 
 
 def _keep_freed_memory() -> None:

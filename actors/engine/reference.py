@@ -24,6 +24,7 @@ class ReferenceEngine:
     def __init__(self, family: Family, model: PreTrainedModel) -> None:
         self.family = family
         self.model = model.eval()
+        self.model.generation_config.stop_strings = None  # the family has them; see _StopStrings
         self._turn = Lock()  # callers take turns, row by row: torch's random state is the process's
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
@@ -55,14 +56,15 @@ class ReferenceEngine:
                 name: value.to(self.model.dtype) if value.is_floating_point() else value
                 for name, value in self.family.model_inputs(pixels, request.layouts).items()
             }
-        stop = _StopStrings(self.family, sampling.stop, prompt_length=input_ids.shape[1])
+        stops = (*sampling.stop, *self.family.stop_strings)
+        stop = _StopStrings(self.family, stops, prompt_length=input_ids.shape[1])
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(sampling.seed)
             output = self.model.generate(
                 input_ids=input_ids,
                 attention_mask=torch.ones_like(input_ids),
                 generation_config=self._generation_config(sampling),
-                stopping_criteria=StoppingCriteriaList([stop] if sampling.stop else []),
+                stopping_criteria=StoppingCriteriaList([stop] if stops else []),
                 **inputs,
             )
         ids = output[0, input_ids.shape[1] :].tolist()
@@ -94,7 +96,8 @@ def complete(family: Family, request: Request, ids: list[int]) -> Completion:
     """Turns generated ids into a completion: cut before the end-of-sequence token or the first stop string."""
     finished = bool(ids) and ids[-1] in family.eos_token_ids
     text = family.decode(ids[:-1] if finished else ids)
-    cut = [at for at in (text.find(stop) for stop in request.sampling.stop) if at >= 0]
+    stops = (*request.sampling.stop, *family.stop_strings)
+    cut = [at for at in map(text.find, stops) if at >= 0]
     if cut:
         text, finished = text[: min(cut)], True
     return Completion(request.key, tuple(ids), text.strip(), "stop" if finished else "length")

@@ -129,14 +129,16 @@ class Scheduler:
     def plan(self) -> list[Chunk]:
         """The next step: decoding sequences first, then prompts, in order of arrival."""
         chunks = [Chunk(sequence, sequence.computed, 1) for sequence in self.running if sequence.decoding]
-        budget = self.limits.prefill_tokens
+        # Decoding tokens count too, so that full steps have one size; but never more than half of it.
+        limit = self.limits.prefill_tokens
+        whole = budget = max(limit - len(chunks), -(-limit // 2))
         for sequence in self.running:
             if sequence.decoding or sequence.leader is not None:
                 continue
             left = sequence.prompt_length - sequence.computed
-            # A prompt that fits into a step is never split over two: the second part would have to attend to the
-            # first through a mask, and no work is saved.
-            if left > budget and budget < self.limits.prefill_tokens:
+            # A prompt that fits into a step is not split over two: the second part would have to attend to the first,
+            # and no work is saved. A longer one fills what is left of this step.
+            if budget < left <= whole:
                 break
             chunks.append(Chunk(sequence, sequence.computed, min(left, budget)))
             budget -= min(left, budget)

@@ -23,13 +23,14 @@ class Stopper:
     def finished(self, generated: list[int], sampling: Sampling) -> bool:
         if len(generated) >= sampling.max_new_tokens or generated[-1] in self.family.eos_token_ids:
             return True
-        if not sampling.stop:
+        stops = (*sampling.stop, *self.family.stop_strings)
+        if not stops:
             return False
-        tail = self.family.decode(self._tail(generated, sampling.stop))
-        if not any(stop in tail for stop in sampling.stop):
+        tail = self.family.decode(self._tail(generated, stops))
+        if not any(stop in tail for stop in stops):
             return False
         text = self.family.decode(generated)
-        return any(stop in text for stop in sampling.stop)
+        return any(stop in text for stop in stops)
 
     def _tail(self, generated: list[int], stop: tuple[str, ...]) -> list[int]:
         """The last tokens that can hold a stop string: every token but the special ones, which are skipped, adds

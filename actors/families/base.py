@@ -82,6 +82,8 @@ class Family(ABC):
     """The id that holds a video feature's place; None for a family that takes no videos."""
     eos_token_ids: frozenset[int]
     """Ids that end a caption."""
+    stop_strings: tuple[str, ...]
+    """Texts that end a caption, beside those that a request names."""
     max_positions: int
     """Prompt and caption together fit in this many positions of the text model."""
     placeholder: str
@@ -94,6 +96,7 @@ class Family(ABC):
         self.tokenizer = checkpoint.tokenizer
         self.chat_template = checkpoint.chat_template
         self.eos_token_ids = checkpoint.eos_token_ids
+        self.stop_strings = checkpoint.stop_strings
         self.image_token_id = int(checkpoint.config.image_token_id)
         self.max_positions = int(checkpoint.config.get_text_config().max_position_embeddings)
         given = {key: value for key, value in checkpoint.image_processor.items() if value is not None}

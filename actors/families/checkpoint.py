@@ -42,6 +42,8 @@ class Checkpoint:
     chat_template: str | None
     eos_token_ids: frozenset[int]
     """Ids that end a caption, as stock `generate` would take them; the tokenizer's only as a last resort."""
+    stop_strings: tuple[str, ...]
+    """Texts that end a caption, whatever the job asks for."""
 
 
 def read_checkpoint(path: str, revision: str | None, trust_remote_code: bool) -> Checkpoint:
@@ -56,6 +58,8 @@ def read_checkpoint(path: str, revision: str | None, trust_remote_code: bool) ->
     video_processor = processor.get("video_processor")
     if video_processor is None:
         video_processor = read_json(path, "video_preprocessor_config.json", revision) or image_processor
+    generation = read_json(path, "generation_config.json", revision)
+    stop = (generation or {}).get("stop_strings") or ()
     nested = ("image_processor", "video_processor")
     return Checkpoint(
         path=path,
@@ -65,7 +69,8 @@ def read_checkpoint(path: str, revision: str | None, trust_remote_code: bool) ->
         video_processor=video_processor,
         processor={key: value for key, value in processor.items() if key not in nested},
         chat_template=_chat_template(path, revision, processor, tokenizer),
-        eos_token_ids=_eos_token_ids(path, revision, config, tokenizer),
+        eos_token_ids=_eos_token_ids(generation, config, tokenizer),
+        stop_strings=(stop,) if isinstance(stop, str) else tuple(stop),
     )
 
 
@@ -138,9 +143,8 @@ def _chat_template(
 
 
 def _eos_token_ids(
-    path: str, revision: str | None, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+    generation: Mapping[str, Any] | None, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> frozenset[int]:
-    generation = read_json(path, "generation_config.json", revision)
     if generation is None:
         stock = GenerationConfig.from_model_config(config).eos_token_id
     else:

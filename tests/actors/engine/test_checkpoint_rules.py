@@ -114,3 +114,19 @@ def test_a_rule_of_sampling_concerns_rows_that_sample() -> None:
     (refused,) = continuous.generate([replace(greedy, sampling=Sampling(5, temperature=1.0))])
     assert refused.error is not None and refused.error.kind == "generate"
     assert "sets min_p, typical_p" in refused.error.message
+
+
+def test_stop_strings_of_a_checkpoint_hold_beside_a_requests_own() -> None:
+    text = subject("llava_onevision").expected(ROWS[0]).text or ""
+    stop = text[len(text) // 2 :][:4]
+    one, continuous, reference = configured({"stop_strings": ["never", stop]})
+    for engine in (continuous, reference):
+        engine.family.stop_strings = ("never", stop)
+        requests = [
+            replace(one.request(ROWS[0]), key=key, sampling=Sampling(max_new_tokens=11, stop=own))
+            for key, own in enumerate([(), (text[:2],)])
+        ]
+        found = {done.key: done for done in engine.generate(requests)}
+        assert [found[key].error for key in (0, 1)] == [None, None]
+        assert [found[key].finish_reason for key in (0, 1)] == ["stop", "stop"]
+        assert [found[key].text for key in (0, 1)] == [text[: text.index(stop)].strip(), ""]

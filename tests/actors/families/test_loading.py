@@ -106,6 +106,16 @@ def test_end_of_sequence_ids(tmp_path: Path) -> None:
     assert load_family(str(tmp_path)).eos_token_ids == {5}
 
 
+def test_stop_strings(tmp_path: Path) -> None:
+    _, config, processor = small.llava_onevision()
+    write_checkpoint(tmp_path, config, processor)
+    assert load_family(str(tmp_path)).stop_strings == ()
+    edit(tmp_path / "generation_config.json", stop_strings="###")
+    assert load_family(str(tmp_path)).stop_strings == ("###",)
+    edit(tmp_path / "generation_config.json", stop_strings=["###", "User:"])
+    assert load_family(str(tmp_path)).stop_strings == ("###", "User:")
+
+
 def test_decode_skips_special_tokens(llava_onevision: Subject) -> None:
     family = llava_onevision.family
     ids = family.tokenizer("the 字 image<|im_end|>")["input_ids"]

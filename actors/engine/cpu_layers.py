@@ -1,13 +1,15 @@
-"""Linear layers with weights packed for the CPU's matrix kernels (oneDNN).
+"""The models' layers, re-arranged for a CPU: weights packed for its matrix kernels (oneDNN), fewer passes over memory.
 
 The one idea: the default kernel re-arranges a weight on every call, which dominates when few tokens decode. Packed
 once, float32 products of 16 - 32 rows run 1.7 - 2 times as fast and long prompts' 1.1 - 1.3 times (two Zen 4 cores).
-The operators are those that torch's own compiler emits; where they are missing, layers stay as they are.
+What follows a product is applied while its tiles are in cache. The operators are those that torch's own compiler
+emits; where they are missing, layers stay as they are.
 """
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from collections.abc import Callable
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +74,18 @@ class PackedGatedMLP(nn.Module):
         return output
 
 
+class RMSNorm(nn.Module):
+    """x * rsqrt(mean(x^2) + eps) * weight, in half of the stock modules' passes over x."""
+
+    def __init__(self, stock: Any) -> None:
+        super().__init__()
+        self.weight, self.eps = stock.weight, stock.variance_epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+        return (x * squares.div_(x.shape[-1]).add_(self.eps).rsqrt_()).mul_(self.weight)
+
+
 class PackedAttention(nn.Module):
     """A frozen `nn.MultiheadAttention` (batch first), as Aria's projector attends to its patches. The stock module
     projects its inputs as views of the other order, and so with one small product a patch."""
@@ -102,8 +116,9 @@ class PackedAttention(nn.Module):
         return self.out_proj(attended.transpose(1, 2).flatten(2)), None
 
 
-def pack_linears(model: nn.Module) -> None:
-    """Replaces the plain float32 linear layers of a frozen CPU model, and blocks made of them, by packed ones.
+def prepare_layers(model: nn.Module) -> None:
+    """Replaces the plain float32 linear layers of a frozen CPU model, and blocks made of them, by packed ones, and its
+    norms by quicker ones.
 
     Other holders of a weight (embeddings tied to the output layer) keep theirs: only then is it in memory twice.
     """
@@ -117,7 +132,22 @@ def pack_linears(model: nn.Module) -> None:
                 setattr(module, name, PackedAttention(child))
             elif _is_plain_linear(child):
                 setattr(module, name, PackedLinear(child.weight, child.bias))
+            elif (norm := _NORMS.get(type(child).__name__)) and child.weight.dtype == torch.float32:
+                setattr(module, name, norm(child))
         _fuse_activation(module)
+
+
+def _layer_norm(stock: Any) -> nn.Module:
+    norm = nn.LayerNorm(stock.weight.shape, stock.variance_epsilon, bias=False)
+    norm.weight = stock.weight
+    return norm
+
+
+_NORMS: dict[str, Callable[[Any], nn.Module]] = {
+    "Qwen2RMSNorm": RMSNorm,
+    "AriaTextRMSNorm": RMSNorm,
+    "Cohere2LayerNorm": _layer_norm,
+}
 
 
 def _is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:

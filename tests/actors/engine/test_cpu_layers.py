@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import Qwen2Config
-from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
+from transformers.models.aria.modeling_aria import AriaTextRMSNorm
+from transformers.models.cohere2.modeling_cohere2 import Cohere2LayerNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm
 
-from actors.engine.packed_linear import PackedAttention, PackedGatedMLP, PackedLinear, pack_linears
+from actors.engine.cpu_layers import PackedAttention, PackedGatedMLP, PackedLinear, RMSNorm, prepare_layers
 
 
 class Model(nn.Module):
@@ -20,12 +22,15 @@ class Model(nn.Module):
         super().__init__()
         self.plain = nn.Linear(24, 16)
         self.mlp = Qwen2MLP(Qwen2Config(hidden_size=16, intermediate_size=40, hidden_act="silu"))
+        self.norms = nn.Sequential(Qwen2RMSNorm(16, 1e-5), AriaTextRMSNorm(16, 0.1), Cohere2LayerNorm(16))
+        for norm in self.norms:
+            nn.init.normal_(norm.get_parameter("weight"))
         self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
         nn.init.normal_(self.attention.in_proj_bias)
         self.requires_grad_(False).eval().to(dtype)
 
     def forward(self, x: Tensor, query: Tensor, mask: Tensor | None) -> Tensor:
-        keys = self.mlp(self.plain(x))
+        keys = self.norms(self.mlp(self.plain(x)))
         return self.attention(query, keys, keys, attn_mask=mask)[0]
 
 
@@ -34,13 +39,14 @@ def models() -> tuple[Model, Model]:
     torch.manual_seed(0)
     stock = Model()
     packed = copy.deepcopy(stock)
-    pack_linears(packed)
+    prepare_layers(packed)
     return stock, packed
 
 
 def test_every_block_is_packed(models: tuple[Model, Model]) -> None:
     kinds = [type(child) for child in models[1].children()]
-    assert kinds == [PackedLinear, PackedGatedMLP, PackedAttention]
+    assert kinds == [PackedLinear, PackedGatedMLP, nn.Sequential, PackedAttention]
+    assert [type(norm) for norm in models[1].norms] == [RMSNorm, RMSNorm, nn.LayerNorm]
 
 
 @pytest.mark.parametrize("masked", ["nothing", "patches", "pairs"])
@@ -60,5 +66,10 @@ def test_packed_blocks_compute_the_same(models: tuple[Model, Model], batch: int,
 
 def test_other_types_stay_as_they_are() -> None:
     model = Model(torch.bfloat16)
-    pack_linears(model)
-    assert [type(child) for child in model.children()] == [nn.Linear, Qwen2MLP, nn.MultiheadAttention]
+    prepare_layers(model)
+    assert [type(child) for child in (model.plain, model.mlp, model.norms[0], model.attention)] == [
+        nn.Linear,
+        Qwen2MLP,
+        Qwen2RMSNorm,
+        nn.MultiheadAttention,
+    ]
