@@ -18,7 +18,7 @@ demo: $(VENV)/.runtime
 	$(BIN)/python -m examples.demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q --durations=15
+	$(BIN)/python -m pytest -q --durations=15 -n 2 --dist loadgroup
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check $(TREE)

@@ -20,13 +20,24 @@ from tests.commands import BIN, ray, ray_environment
 hypothesis.settings.register_profile("suite", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("suite")
 
+# Threads that spin while they wait for each other would take the cores from other processes' tests.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # A new local Ray would turn on token auth and write a token file into the home folder. Set before any import.
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `cuda` skip themselves where there is no device."""
+_WHOLE_JOBS = ("tests/jobs/", "tests/chaos/", "tests/examples/", "tests/test_readme.py")
+"""Tests that run jobs on Ray. In a parallel run (see Makefile) one process has all of them: they share clusters."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked `cuda` skip themselves where there is no device; tests of whole jobs stay together."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            if item.nodeid.startswith(_WHOLE_JOBS):
+                item.add_marker(pytest.mark.xdist_group("jobs"))
     marked = [item for item in items if item.get_closest_marker("cuda")]
     if not marked:
         return

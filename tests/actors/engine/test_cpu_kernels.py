@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from shutil import which
 
 import pytest
@@ -16,6 +17,14 @@ from actors.engine.cpu import CpuCache
 from actors.engine.cpu_kernels import ExpertsKernel, attention_kernel
 from tests.actors.engine.subjects import FAMILIES
 from tests.actors.engine.test_parity import assert_equal, engine, pool, run
+
+
+@pytest.fixture(autouse=True, scope="module")
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.skipif(which("cc") is None, reason="needs a C compiler")
