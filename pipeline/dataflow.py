@@ -49,6 +49,10 @@ _BLOCKS_AT_ONCE = 4  # that feed one engine: it stays full while the last rows o
 # Ray reads it when ray.data is imported, which is later.
 os.environ.setdefault("RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S", "30")
 
+# A run that lost its lease leaves the cluster while its dataflow's threads still work. Their next call would join the
+# cluster again, as another driver, and say so below our last words. Read when ray is imported, which is later.
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+
 
 def run(spec: JobSpec, show: Display, take_over: bool = False) -> Outcome:
     """Captions every row that has no caption yet, seals, verifies, and says how it went.

@@ -32,6 +32,7 @@ _WHOLE_JOBS = ("tests/jobs/", "tests/chaos/", "tests/examples/", "tests/test_rea
 """Tests that run jobs on Ray. In a parallel run (see Makefile) one process has all of them: they share clusters."""
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist looks at the groups in the same hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests marked `cuda` skip themselves where there is no device; tests of whole jobs stay together."""
     if config.pluginmanager.hasplugin("xdist"):

@@ -109,9 +109,8 @@ class ExpertsKernel:
         self._experts = library.experts
         self._experts.argtypes = [*[_POINTER] * 6, *[_LONG] * 5]
         self._experts.restype = None
-        self.count, self.width, inner = gate_up.shape[0], gate_up.shape[1], down.shape[1]
-        self.inner = inner
-        both = (_panels(part, panel // 2) for part in gate_up.split(inner, dim=2))
+        self.count, self.inner, self.width = down.shape
+        both = (_panels(part, panel // 2) for part in gate_up.split(self.inner, dim=2))
         self.gate_up = torch.cat(list(both), dim=3).contiguous()
         self.down = _panels(down, panel).contiguous()
 

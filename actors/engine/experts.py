@@ -24,8 +24,9 @@ _GROUPED = "AriaGroupedExpertsGemm"
 def choose_experts(model: PreTrainedModel) -> None:
     """Picks how the experts of `model`, where it has any, are computed on its device.
 
-    CUDA takes `grouped_mm`, which never waits for the host; a CPU the compiled kernel in float32, otherwise the model's
-    own loop over experts.
+    CUDA takes `grouped_mm`, which never waits for the host; a CPU the compiled kernel in float32 (a decoding step of 13
+    rows of Aria's mini model, on two Zen 5 cores: 24 ms, against 46 with one packed product after the other),
+    otherwise the model's own loop over experts.
     """
     for module in model.modules():
         if type(module).__name__ == _GROUPED:

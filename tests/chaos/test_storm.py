@@ -62,8 +62,9 @@ def test_rows_that_kill_their_process_become_crash_rows_and_nothing_else_does(tm
         assert f"'stage': '{stage}'" in crashed[row] and "kills its process" in crashed[row]
     assert "Segmentation fault" in crashed[3] and "device-side assert" in crashed[10]
     assert all(row[0] != "None" for name, row in found.items() if int(name) not in places)
-    # Two blocks of 32. The first is generated up to row 10 twice, then once more for each death of row 11.
-    assert survived.captions <= 62 + 10 * 5
+    # Two blocks of 32. The first is generated up to row 10 twice, then once more for each death of row 11; what the
+    # second has by the first death may have to be made again.
+    assert survived.captions <= 62 + 10 * 5 + 30
 
 
 def test_a_model_that_kills_whoever_loads_it_ends_the_job(tmp_path):
