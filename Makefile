@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install -qq --disable-pip-version-check
 TREE := pipeline actors jobs examples benchmarks tests
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test test-jobs test-parts lint format clean
 
 help:
 	@echo "make demo    toy data, one job per model family, out/demo/report.html"
@@ -18,7 +18,16 @@ demo: $(VENV)/.runtime
 	$(BIN)/python -m examples.demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q --durations=15 -n 2 --dist loadgroup
+	@$(MAKE) --no-print-directory --keep-going -j2 test-jobs test-parts
+
+# Tests that run whole jobs share Ray clusters and leave a core idle half of the time, so the others run beside them.
+JOBS := tests/chaos tests/examples tests/jobs tests/test_readme.py
+
+test-jobs: $(VENV)/.dev
+	$(BIN)/python -m pytest -q --durations=15 $(JOBS)
+
+test-parts: $(VENV)/.dev
+	$(BIN)/python -m pytest -q --durations=15 $(JOBS:%=--ignore=%)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check $(TREE)

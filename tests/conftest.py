@@ -28,17 +28,8 @@ os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 
-_WHOLE_JOBS = ("tests/jobs/", "tests/chaos/", "tests/examples/", "tests/test_readme.py")
-"""Tests that run jobs on Ray. In a parallel run (see Makefile) one process has all of them: they share clusters."""
-
-
-@pytest.hookimpl(tryfirst=True)  # xdist looks at the groups in the same hook
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked `cuda` skip themselves where there is no device; tests of whole jobs stay together."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            if item.nodeid.startswith(_WHOLE_JOBS):
-                item.add_marker(pytest.mark.xdist_group("jobs"))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `cuda` skip themselves where there is no device."""
     marked = [item for item in items if item.get_closest_marker("cuda")]
     if not marked:
         return
