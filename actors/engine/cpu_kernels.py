@@ -31,7 +31,7 @@ class AttentionKernel:
     """The compiled functions, for float32 and `heads` key heads of `dim`, each shared by `group` query heads."""
 
     def __init__(self, heads: int, group: int, dim: int) -> None:
-        library = _compile("cpu_attention.c", HEADS=heads, GROUP=group, DIM=dim)
+        library = _compile("cpu_attention.c", "-fassociative-math", HEADS=heads, GROUP=group, DIM=dim)
         self._decode, self._attend = library.decode, library.attend
         self._decode.argtypes = [*[_POINTER] * 6, _LONG, _LONG, _FLOAT]
         self._attend.argtypes = [*[_POINTER] * 5, *[_LONG] * 5, _FLOAT]
@@ -154,15 +154,16 @@ def experts_can_be_compiled() -> bool:
 
 @cache
 def _experts_library() -> ctypes.CDLL:
+    # Nothing is re-ordered: copies of a loop would round differently, and a token's last bit depend on its place.
     return _compile("cpu_experts.c")
 
 
-def _compile(source: str, **constants: int) -> ctypes.CDLL:
+def _compile(source: str, *more: str, **constants: int) -> ctypes.CDLL:
     # torch's own OpenMP: a second one would bring threads that fight with torch's for the same cores.
     openmp = next(Path(torch.__file__).parent.glob("lib/libgomp*.so*"))
     # Not -ffast-math: it would change how the whole process treats tiny numbers.
     flags = ["-O3", "-march=native", "-fopenmp"]
-    flags += ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"]
+    flags += ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", *more]
     shape = [f"-D{name}={value}" for name, value in constants.items()]
     with tempfile.TemporaryDirectory() as folder:
         built, library = f"{folder}/kernel.o", f"{folder}/kernel.so"
