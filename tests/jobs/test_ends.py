@@ -94,7 +94,7 @@ def finished(tmp_path_factory, ray_address) -> Path:
 
 @pytest.fixture
 def folder(finished, tmp_path) -> Iterator[Path]:
-    """A copy of it, in place of it: an output knows the folder of its input."""
+    """That folder itself, since an output knows where its input is; afterwards it is as it was."""
     shutil.copytree(finished, tmp_path / "kept")
     yield finished
     shutil.rmtree(finished)
