@@ -148,6 +148,7 @@ _NORMS: dict[str, Callable[[Any], nn.Module]] = {
     "AriaTextRMSNorm": RMSNorm,
     "Cohere2LayerNorm": _layer_norm,
 }
+"""By name: they are no common class, and a norm of another model with the same fields may mean 1 + weight."""
 
 
 def _is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:

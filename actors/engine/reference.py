@@ -13,6 +13,7 @@ from threading import Lock
 import torch
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from actors.engine.stopping import stop_strings
 from actors.engine.types import Completion, Request, Sampling
 from actors.errors import RowError
 from actors.families.base import Family
@@ -56,7 +57,7 @@ class ReferenceEngine:
                 name: value.to(self.model.dtype) if value.is_floating_point() else value
                 for name, value in self.family.model_inputs(pixels, request.layouts).items()
             }
-        stops = (*sampling.stop, *self.family.stop_strings)
+        stops = stop_strings(self.family, sampling)
         stop = _StopStrings(self.family, stops, prompt_length=input_ids.shape[1])
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(sampling.seed)
@@ -96,8 +97,7 @@ def complete(family: Family, request: Request, ids: list[int]) -> Completion:
     """Turns generated ids into a completion: cut before the end-of-sequence token or the first stop string."""
     finished = bool(ids) and ids[-1] in family.eos_token_ids
     text = family.decode(ids[:-1] if finished else ids)
-    stops = (*request.sampling.stop, *family.stop_strings)
-    cut = [at for at in map(text.find, stops) if at >= 0]
+    cut = [at for at in map(text.find, stop_strings(family, request.sampling)) if at >= 0]
     if cut:
         text, finished = text[: min(cut)], True
     return Completion(request.key, tuple(ids), text.strip(), "stop" if finished else "length")

@@ -13,6 +13,11 @@ _SLACK = 4
 """Tokens before the tail: the first ones of a window may decode differently (half a character, a leading space)."""
 
 
+def stop_strings(family: Family, sampling: Sampling) -> tuple[str, ...]:
+    """What ends a request's text: its own stop strings and the checkpoint's."""
+    return (*sampling.stop, *family.stop_strings)
+
+
 class Stopper:
     """Says after each token whether a text is finished; the same rules as the reference engine's."""
 
@@ -23,7 +28,7 @@ class Stopper:
     def finished(self, generated: list[int], sampling: Sampling) -> bool:
         if len(generated) >= sampling.max_new_tokens or generated[-1] in self.family.eos_token_ids:
             return True
-        stops = (*sampling.stop, *self.family.stop_strings)
+        stops = stop_strings(self.family, sampling)
         if not stops:
             return False
         tail = self.family.decode(self._tail(generated, stops))

@@ -252,8 +252,8 @@ def test_a_broken_job_exits_1_with_one_sentence(tmp_path, ray_address):
     assert done.code == 1 and "no Ray cluster answers at RAY_ADDRESS=127.0.0.1:1" in done.err
 
 
-def test_weights_that_cannot_be_read_break_the_job(tmp_path, ray_address):
-    family = "aria"
+@pytest.mark.parametrize("family", ["aria", "fuyu"])
+def test_weights_that_cannot_be_read_break_the_job(tmp_path, ray_address, family):
     broken = tmp_path / "checkpoint"
     broken.mkdir()
     for path in Path(untrained(family)).iterdir():
