@@ -10,6 +10,8 @@ dry by itself.
 
 from __future__ import annotations
 
+import os
+
 import pyarrow as pa
 
 from actors import generate, preprocess
@@ -21,9 +23,14 @@ from pipeline.weather import RETRIES
 STORAGE_RETRIES = "storage_retries"
 """What leaves the pipeline: a row for each block, with how often its process tried storage again since the last."""
 
+_NICENESS = 10  # a tenth of a CPU's time beside somebody who wants all of it
+
 
 class Preprocess(preprocess.Preprocess):
     def __init__(self, fence: Fence, config: preprocess.PreprocessConfig, attempts: Attempts) -> None:
+        # Without a GPU both stages want the same cores. An engine's threads wait for each other, so whoever takes a core
+        # from one of them holds up all; preprocessing is ahead of the engine anyway.
+        os.nice(_NICENESS)
         super().__init__(config, attempts)
         self._fence = fence
 
