@@ -28,8 +28,8 @@ _NICENESS = 10  # a tenth of a CPU's time beside somebody who wants all of it
 
 class Preprocess(preprocess.Preprocess):
     def __init__(self, fence: Fence, config: preprocess.PreprocessConfig, attempts: Attempts) -> None:
-        # Without a GPU both stages want the same cores. An engine's threads wait for each other, so whoever takes a core
-        # from one of them holds up all; preprocessing is ahead of the engine anyway.
+        # Without a GPU both stages want the same cores. An engine's threads wait for each other, so whoever takes a
+        # core from one of them holds up all; preprocessing is ahead of the engine anyway.
         os.nice(_NICENESS)
         super().__init__(config, attempts)
         self._fence = fence
