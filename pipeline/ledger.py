@@ -46,9 +46,10 @@ from pipeline.identity import identity_record, mismatch
 from pipeline.lease import Fence
 from pipeline.merge import SealError, merged, part_rows, sealed_file
 from pipeline.shards import Shard, output_name
-from pipeline.spec import JobSpec
+from pipeline.spec import JobSpec, SpecError
 from pipeline.state import Plan, Published, Scan, Verification, plan_of, verification_of
 from pipeline.storage import Storage
+from pipeline.weather import MissingBucket
 
 DATA = "data"
 JOURNAL = "_tessera/journal"
@@ -194,9 +195,13 @@ class Ledger:
     def check(self, spec: JobSpec) -> bool:
         """Raises LedgerMismatch unless captions would be those the output already holds (law 8); changes nothing.
 
-        An output without a single caption is free for any spec. True if the output knows this very spec.
+        An output without a single caption is free for any spec. True if the output knows this very spec. Raises
+        SpecError where there can be no output.
         """
-        return self._compare(identity_record(spec))
+        try:
+            return self._compare(identity_record(spec))
+        except MissingBucket as error:
+            raise SpecError(f"output.path: {error}") from None
 
     def bind(self, spec: JobSpec) -> None:
         """As `check`, and writes spec.json: what captions depend on, and the whole spec of the last run."""
