@@ -25,9 +25,11 @@ MAY_IMPORT = {
     "pipeline": {"pipeline", "actors"},
     "actors": {"actors"},
     "actors.engine": {"actors.engine", "actors.families", "actors.images", "actors.errors"},
-    "actors.families": {"actors.families", "actors.images", "actors.errors"},
+    "actors.families": {"actors.families", "actors.images", "actors.errors", "actors.checkpoint_files"},
     "actors.images": {"actors.images", "actors.errors"},
     "actors.errors": set(),
+    "actors.checkpoint_files": set(),
+    "actors.checkpoint_hub": {"actors.checkpoint_files"},
 }
 # Modules of `pipeline` that drive Ray; the others must load in a moment, for `tessera status` and the tests.
 DRIVES_RAY = {
