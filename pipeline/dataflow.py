@@ -66,7 +66,7 @@ def run(spec: JobSpec, show: Display, take_over: bool = False) -> Outcome:
     kept = job_schema(spec, shards)
     ledger = Ledger(spec.output.path)
     ledger.check(spec)
-    if ledger.succeeded() and ledger.plan(shards).finished and not ledger.retried():
+    if ledger.succeeded(ledger.plan(shards)) and not ledger.retried():
         verification = verified(ledger, shards, show)
         return Outcome.of(spec, verification)  # nothing is written, so no lease is needed
     with open_session(spec, take_over, show) as session:

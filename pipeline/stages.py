@@ -1,8 +1,8 @@
 """The stages as a run wants them: they drain when it stops, and captions are published where they are made.
 
 The one idea: Generate publishes its own block. What waits to be written dies with the driver or a node, so it does not
-wait: a kill costs the blocks in the engine, and no queue behind it. A block that is tried again has the same name and
-replaces itself (ledger.py). While one block is being put, others keep the engine full.
+wait: a kill costs the blocks in the engine, and no queue behind it. The same captions, made again, have the same name
+and replace themselves (ledger.py). While one block is being put, others keep the engine full.
 
 Once the run stops, blocks that a stage has not begun are emptied. An empty block costs nothing, so the pipeline runs
 dry by itself.
