@@ -32,12 +32,14 @@ class ClusterError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """CPUs and GPUs, logical as Ray counts them: now, and at most once the cluster has grown."""
+    """CPUs and GPUs, logical as Ray counts them: now, at most once the cluster has grown, and free at this moment."""
 
     cpus: float
     gpus: float
     max_cpus: float
     max_gpus: float
+    free_cpus: float
+    free_gpus: float
 
 
 def generate_cpus(resources: ResourcesSpec) -> float:
@@ -50,6 +52,15 @@ def required(resources: ResourcesSpec) -> tuple[float, float]:
     generate = resources.generate
     cpus = resources.preprocess.replicas[0] * resources.preprocess.cpus + _IO_CPUS
     return cpus + generate.replicas[0] * generate_cpus(resources), generate.replicas[0] * generate.gpus
+
+
+def bundles(resources: ResourcesSpec) -> list[dict[str, float]]:
+    """`required`, piece by piece: each piece fits on one node or not at all."""
+    preprocess, generate = resources.preprocess, resources.generate
+    pieces = [{"CPU": preprocess.cpus}] * preprocess.replicas[0]
+    pieces += [{"CPU": generate_cpus(resources), "GPU": generate.gpus}] * generate.replicas[0]
+    pieces.append({"CPU": _IO_CPUS})
+    return [{name: amount for name, amount in piece.items() if amount} for piece in pieces]
 
 
 def connect(resources: ResourcesSpec) -> None:
@@ -104,11 +115,18 @@ def _muted_stderr() -> Iterator[None]:
 
 
 def capacity() -> Capacity:
-    """What the connected cluster has, and what its autoscaler (if any) may add."""
-    now = ray.cluster_resources()
+    """What the connected cluster has, what its autoscaler (if any) may add, and what nobody uses."""
+    now, free = ray.cluster_resources(), ray.available_resources()
     cpus, gpus = now.get("CPU", 0.0), now.get("GPU", 0.0)
     most = ray_state.get_max_resources_from_cluster_config() or {}
-    return Capacity(cpus, gpus, max(cpus, most.get("CPU", 0)), max(gpus, most.get("GPU", 0)))
+    return Capacity(
+        cpus,
+        gpus,
+        max(cpus, most.get("CPU", 0)),
+        max(gpus, most.get("GPU", 0)),
+        free.get("CPU", 0.0),
+        free.get("GPU", 0.0),
+    )
 
 
 def preflight(resources: ResourcesSpec, found: Capacity) -> None:
@@ -129,3 +147,11 @@ def preflight(resources: ResourcesSpec, found: Capacity) -> None:
             f"the job needs {cpus:g} CPUs, {_IO_CPUS} of them for reads and writes, and the cluster has "
             f"{found.max_cpus:g} ({pools}): ask for fewer replicas or CPUs, or add CPUs"
         )
+
+
+def counted(cpus: float, gpus: float) -> str:
+    """
+    >>> counted(1, 0), counted(2.5, 8)
+    ('1 CPU and 0 GPUs', '2.5 CPUs and 8 GPUs')
+    """
+    return f"{cpus:g} CPU{'s' * (cpus != 1)} and {gpus:g} GPU{'s' * (gpus != 1)}"

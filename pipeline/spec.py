@@ -192,9 +192,11 @@ class OutputSpec(_Section):
 
 
 class LimitsSpec(_Section):
-    """`max_failed_fraction`: share of error rows above which a job exits 3; `max_pixels`: of one image."""
+    """`max_failed_fraction`: share of error rows above which a job exits 3; `stop_after_failures`: a run whose first
+    rows, this many, all fail with one kind of error stops (null: never); `max_pixels`: of one image."""
 
     max_failed_fraction: Real = Field(default=0.05, ge=0, le=1)
+    stop_after_failures: Annotated[Count, Field(ge=1)] | None = 200
     max_pixels: Count = Field(default=178_956_970, ge=1)
 
 

@@ -34,6 +34,7 @@ DRIVES_RAY = {
     "pipeline.cluster",
     "pipeline.dataflow",
     "pipeline.deaths",
+    "pipeline.placement",
     "pipeline.source",
     "pipeline.stages",
 }
