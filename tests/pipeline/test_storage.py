@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.files import in_parallel
 from pipeline.storage import Storage, StoragePathError
+from tests.pipeline.ledgers import HeldUpStorage
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -75,6 +76,23 @@ def test_a_file_is_swapped_only_for_the_version_that_was_read(storage: Storage) 
     assert not storage.put_if("x", b"three", version)
     with pytest.raises(FileNotFoundError):
         storage.read_version("x")
+
+
+def test_every_attempt_of_a_write_asks_the_guard_and_its_refusal_is_final(storage: Storage) -> None:
+    asked: list[str] = []
+
+    def guard() -> None:
+        asked.append("may I?")
+        if len(asked) == 4:
+            raise RuntimeError("no more")
+
+    guarded = HeldUpStorage(storage.url, end="reset", guard=guard)
+    guarded.put_atomic("x", b"1")
+    assert guarded.read("x") == b"1" and len(asked) == 2  # once for the attempt that was reset
+    assert not guarded.create_exclusive("x", b"2") and len(asked) == 3
+    with pytest.raises(RuntimeError, match="no more"):
+        guarded.delete(["x"])
+    assert len(asked) == 4 and guarded.exists("x")
 
 
 def test_storage_travels(storage: Storage) -> None:
