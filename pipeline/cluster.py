@@ -41,8 +41,8 @@ class Capacity:
     gpus: float
     max_cpus: float
     max_gpus: float
-    free_cpus: float
-    free_gpus: float
+    free_cpus: float = 0.0
+    free_gpus: float = 0.0
 
 
 def required(resources: ResourcesSpec) -> tuple[float, float]:

@@ -2,7 +2,7 @@
 
 import pyarrow.parquet as pq
 
-from actors.columns import ERROR, ROW, SHARD
+from actors.columns import ERROR, READ, ROW, SHARD
 from pipeline.ledger import JOURNAL, Ledger
 from pipeline.progress import Progress
 
@@ -15,24 +15,28 @@ class AllFailed(RuntimeError):
 
 def all_failed(progress: Progress, limit: int | None, ledger: Ledger, folder: str) -> AllFailed | None:
     """What a run has to end with once `limit` rows (None: however many) came back, none of them with a caption and all
-    with one kind of error, while others remain. `folder` of `ledger` is where its parts are."""
+    with one kind of error, while others remain. `folder` of `ledger` is where its parts are.
+
+    Rows that could not be read do not count: they tell of their shard, which may be the only damaged one.
+    """
     if limit is None or progress.captioned < limit or progress.done >= progress.total:
         return None
-    if progress.succeeded or len(progress.failed) != 1:
+    if progress.succeeded or len(progress.failed) != 1 or READ in progress.failed:
         return None
     (kind,) = progress.failed
+    retry = f"`tessera retry {ledger.storage.url} --only {kind}`"
     return AllFailed(
-        f"the first {progress.captioned:,} rows all failed with {kind!r}{_example(ledger, folder)}. They are kept; once "
-        f"the cause is mended, run the job again, and then `tessera retry {ledger.storage.url} --only {kind}`. "
-        f"(limits.stop_after_failures={limit}; null goes on whatever fails)"
+        f"the first {progress.captioned:,} rows all failed with {kind!r}{_example(kind, ledger, folder)}. They are kept; "
+        f"once the cause is mended, run {f'the job again, and then {retry}' if folder == JOURNAL else retry}, or set "
+        f"limits.stop_after_failures (now {limit}) to null to go on whatever fails"
     )
 
 
-def _example(ledger: Ledger, folder: str) -> str:
-    """One failed row, from a part that has no other."""
+def _example(kind: str, ledger: Ledger, folder: str) -> str:
+    """One such row, from a part that has no other."""
     parts = ledger.scan().parts if folder == JOURNAL else ledger.retried()
     for part in parts:
-        if part.rows and part.rows == sum(entry.stats.failed for entry in part.entries.values()):
+        if part.rows and part.rows == sum(entry.stats.errors.get(kind, 0) for entry in part.entries.values()):
             with ledger.storage.open(part.path) as file:
                 table = pq.ParquetFile(file).read(columns=[SHARD, ROW, ERROR])
             row = table.slice(0, 1).to_pylist()[0]

@@ -65,7 +65,7 @@ def wait_for_room(resources: ResourcesSpec, waiting: Callable[[str], None]) -> T
         group = placement_group(bundles(resources))
         try:
             while not group.wait(_LOOK_SECONDS):
-                waiting(room_needed(resources, capacity()))
+                waiting(_room(resources, capacity()))
             turn = _take_turn()
         finally:
             remove_placement_group(group)
@@ -78,12 +78,18 @@ def wait_for_room(resources: ResourcesSpec, waiting: Callable[[str], None]) -> T
 
 def room_needed(resources: ResourcesSpec, found: Capacity) -> str:
     """What a job needs, what there is of it, and what is free."""
+    return (
+        f"the job needs at least {counted(*required(resources))}; the cluster has {counted(found.cpus, found.gpus)}, "
+        f"of which {counted(found.free_cpus, found.free_gpus)} are free"
+    )
+
+
+def _room(resources: ResourcesSpec, found: Capacity) -> str:
+    """Why a job has no room: too little is free, or it is scattered over nodes."""
     cpus, gpus = required(resources)
     scattered = cpus <= found.free_cpus and gpus <= found.free_gpus
-    return (
-        f"the job needs at least {counted(cpus, gpus)}; the cluster has {counted(found.cpus, found.gpus)}, of which "
-        f"{counted(found.free_cpus, found.free_gpus)} are free"
-        + (", but not on nodes that could hold its actors" if scattered else "")
+    return room_needed(resources, found) + (
+        ", but no node has enough for each actor" if scattered else ""
     )
 
 

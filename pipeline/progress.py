@@ -230,10 +230,10 @@ class _Live:
         self.live.refresh()
 
     def update(self, progress: Progress) -> None:
-        if progress.captioned and self._progress is None:  # the first row ends the phase
+        before = self._progress
+        if progress.captioned and not (before and before.captioned):  # the first row ends the phase
             self._phase = None
-        if progress.captioned or progress.stalled:
-            self._progress = progress
+        self._progress = progress if progress.captioned or progress.stalled else None
 
     def _render(self) -> RenderableType:
         progress, phase = self._progress, self._phase

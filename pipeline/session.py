@@ -67,8 +67,8 @@ class Session:
         self,
         work: Callable[[], None],
         look: Callable[[], Progress],
-        lacking: Callable[[], str] = str,
-        verdict: Callable[[Progress], BaseException | None] = lambda _: None,
+        lacking: Callable[[], str],
+        verdict: Callable[[Progress], Exception | None],
     ) -> None:
         """Runs `work` to its end, and shows about every second what `look` finds.
 
