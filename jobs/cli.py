@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (LeaseHeld, LeaseLost) as error:
         return _fail(HELD, error)
     except AllFailed as error:
-        return _fail(TOO_MANY_ERRORS, error)
+        return _fail(TOO_MANY_FAILED, error)
     except Stopped as stop:
         return _fail(INTERRUPTED if stop.number == signal.SIGINT else STOPPED, stop)
     except KeyboardInterrupt:

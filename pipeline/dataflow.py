@@ -19,6 +19,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -310,9 +311,13 @@ def generate(
             for part in parts.iter_rows():
                 session.storage_retries += int(part[STORAGE_RETRIES])
 
+        loaded = False
+
         def look_on() -> Progress:
+            nonlocal loaded
             turn.release_once_placed(spec.resources)
-            return look()
+            loaded = loaded or placement.model_is_loaded()
+            return replace(look(), loaded=loaded)
 
         def lacking() -> str:
             return placement.lacking(spec.resources, placement.standing(), dead_before)

@@ -24,10 +24,10 @@ def all_failed(progress: Progress, limit: int | None, ledger: Ledger, folder: st
     if progress.succeeded or len(progress.failed) != 1 or READ in progress.failed:
         return None
     (kind,) = progress.failed
-    retry = f"`tessera retry {ledger.storage.url} --only {kind}`"
+    first = "the job again, and then " if folder == JOURNAL else ""
     return AllFailed(
-        f"the first {progress.captioned:,} rows all failed with {kind!r}{_example(kind, ledger, folder)}. They are kept; "
-        f"once the cause is mended, run {f'the job again, and then {retry}' if folder == JOURNAL else retry}, or set "
+        f"the first {progress.captioned:,} rows all failed with {kind!r}{_example(kind, ledger, folder)}. They are "
+        f"kept; once the cause is mended, run {first}`tessera retry {ledger.storage.url} --only {kind}`, or set "
         f"limits.stop_after_failures (now {limit}) to null to go on whatever fails"
     )
 

@@ -1,7 +1,7 @@
 """Throughput, ETA and stalls: what is measured of a run while it goes on.
 
 Rows arrive in blocks, and the first ones only after minutes of loading. So rates are taken between arrivals, over the
-last minute: the first block sets the clock, and the time before it counts for nothing.
+last minute, and the clock starts when a model is loaded (or at the first arrival, where that was not seen).
 """
 
 from collections import deque
@@ -22,10 +22,10 @@ class Pace:
 
     def of(self, now: float, progress: Progress) -> Progress:
         """`progress` with its rates, and with `stalled` where no row came for STALL_SECONDS."""
-        known = self._arrivals[-1][1] if self._arrivals else 0
-        if progress.captioned > known:
+        new = progress.captioned > (self._arrivals[-1][1] if self._arrivals else 0)
+        if new or (progress.loaded and not self._arrivals):
             self._arrivals.append((now, progress.captioned, progress.generated_tokens))
-        if self._moved is None or progress.captioned > known:
+        if new or self._moved is None:
             self._moved = now
         while len(self._arrivals) > 2 and self._arrivals[0][0] < now - WINDOW_SECONDS:
             self._arrivals.popleft()

@@ -88,9 +88,7 @@ def _room(resources: ResourcesSpec, found: Capacity) -> str:
     """Why a job has no room: too little is free, or it is scattered over nodes."""
     cpus, gpus = required(resources)
     scattered = cpus <= found.free_cpus and gpus <= found.free_gpus
-    return room_needed(resources, found) + (
-        ", but no node has enough for each actor" if scattered else ""
-    )
+    return room_needed(resources, found) + (", but no node has enough for each actor" if scattered else "")
 
 
 def _take_turn() -> Turn | None:
@@ -147,6 +145,11 @@ def lacking(resources: ResourcesSpec, now: Standing, dead_before: int) -> str:
     if died > 0:
         reasons.append(f"{died:,} node{'s' * (died > 1)} died since the run began")
     return "; ".join(reasons)
+
+
+def model_is_loaded() -> bool:
+    """True once a Generate actor of this job has its model."""
+    return any(stage == "Generate" and state == "ALIVE" for stage, state, _ in _actors())
 
 
 def _told(count: int, stage: str) -> str:

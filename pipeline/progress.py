@@ -41,6 +41,7 @@ class Progress:
         done: Rows in the ledger, of `total`; `errors` of them carry one. The other counts are of this run.
         captioned: Rows that this run added, with `generated_tokens` tokens, in `seconds` (Ray's start included).
         succeeded, failed: How many of its rows have a caption, and how many an error, by kind.
+        loaded: True once a model stands ready.
         rates: Over the last minute; None until there are some.
         stalled: Seconds without a new row, if that is long; `waiting_for` says why.
     """
@@ -53,6 +54,7 @@ class Progress:
     seconds: float
     succeeded: int = 0
     failed: Mapping[str, int] = field(default_factory=dict)
+    loaded: bool = False
     rates: Rates | None = None
     stalled: float = 0.0
     waiting_for: str = ""
@@ -202,15 +204,15 @@ class _Live:
 
     def __init__(self, name: str, stream: TextIO) -> None:
         self.name = name
+        self._phase: _Phase | None = _Phase("starting", "", time.monotonic())
+        self._progress: Progress | None = None
+        self._over = False
         self.live = Live(
             console=Console(file=stream),
             get_renderable=self._render,  # again and again: the phase's clock runs on
             refresh_per_second=8,
             transient=False,
         )
-        self._phase: _Phase | None = _Phase("starting", "", time.monotonic())
-        self._progress: Progress | None = None
-        self._over = False
 
     def __enter__(self) -> _Live:
         self.live.__enter__()
