@@ -219,14 +219,15 @@ def test_jobs_beside_each_other_wait_for_room_say_so_and_finish(tmp_path, ray_ad
             process.kill()
     lines = (second / "said").read_text().splitlines()
     line = next(line for line in lines if line.startswith("waiting for room on the cluster: "))
-    assert "the job needs at least 4 CPUs and 0 GPUs; the cluster has 4 CPUs and 2 GPUs, of which " in line
+    needed = "the job needs at least 4 CPUs and 0 GPUs; the cluster has 4 CPUs and 2 GPUs, of which "
+    assert needed in line or "another job is placing its actors" in line
     assert lines.index("loading the model") > lines.index(line)
 
 
 def test_a_run_stops_when_its_first_rows_all_fail_alike(tmp_path, ray_address):
     (tmp_path / "in").mkdir()
     image = pa.array([{"bytes": b"x", "path": None}])
-    for number in range(300):  # files: each is a task, so the run takes longer than a look at it
+    for number in range(200):  # files: each is a task, so the run takes longer than a look at it
         pq.write_table(pa.table({"image": image}), tmp_path / f"in/{number:03}.parquet")
     arguments = options(tmp_path, limits__stop_after_failures=5, input__prompt="null", input__keep="null")
     done = tessera("run", SPEC, *arguments, RAY_ADDRESS=ray_address)
@@ -235,5 +236,6 @@ def test_a_run_stops_when_its_first_rows_all_fail_alike(tmp_path, ray_address):
         done.err
     )
     assert re.search(r"for instance \d{3}\.parquet row 0: .*limits\.stop_after_failures \(now 5\)", said)
-    assert 5 <= len(list((tmp_path / "out" / JOURNAL).iterdir())) < 300
+    parts = (tmp_path / "out" / JOURNAL).glob("part-*")
+    assert 5 <= sum(pq.read_metadata(path).num_rows for path in parts) < 200
     assert not (tmp_path / "out/_SUCCESS").exists()
