@@ -74,7 +74,8 @@ def run(spec: JobSpec, show: Display, take_over: bool = False) -> Outcome:
         verification = verified(ledger, found, show)
         failed = failed_shards(ledger, found, plan)
         return Outcome.of(spec, found, verification, failed)  # nothing is written, so no lease is needed
-    _check_checkpoint(spec, show)
+    if plan.to_caption:
+        _check_checkpoint(spec, show)
     with open_session(spec, take_over, show) as session:
         ledger = session.ledger
         ledger.bind(spec)
