@@ -58,13 +58,15 @@ class Plan:
     """How far a job is, and so what there is to do.
 
     `changed`: shards that the output also holds in another version, which counts for nothing; `foreign`:
-    files below data/ that belong to no shard of the input (removed since); `problems`: unreadable files.
+    files below data/ that belong to no shard of the input (removed since); `problems`: unreadable files;
+    `settled`: parts that nothing needs any more, since all their shards are sealed or were replaced in the input.
     """
 
     shards: tuple[ShardState, ...]
     changed: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
+    settled: tuple[str, ...] = ()
 
     @cached_property
     def to_caption(self) -> tuple[ShardState, ...]:
@@ -121,19 +123,32 @@ def plan_of(shards: Sequence[Shard], scan: Scan) -> Plan:
         tuple(changed),
         _foreign(shards, scan),
         tuple(f"{file.path} {file.problem}" for file in published if file.problem),
+        tuple(_settled(shards, scan)),
     )
+
+
+def _settled(shards: Sequence[Shard], scan: Scan) -> Iterator[str]:
+    current = {shard.name: shard.fingerprint for shard in shards}
+    for part in scan.parts:
+        if part.entries and all(
+            scan.seal_of(name, entry.fingerprint) or current.get(name, entry.fingerprint) != entry.fingerprint
+            for name, entry in part.entries.items()
+        ):
+            yield part.path
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
     """The recount. `rows_out` counts rows in sealed files of the input's shards. By shard: rows that are `missing`,
-    and rows of the file, by place, that no row of the input answers to (`surplus`). `foreign` names files of shards
-    no longer in the input, and `notes` what lies about in the journal; both are reported but no fault."""
+    rows of the file, by place, that no row of the input answers to (`surplus`), and rows that differ from those
+    that were sealed (`altered`). `foreign` names files of shards no longer in the input, and `notes` what lies about
+    in the journal; both are reported but no fault."""
 
     rows_in: int
     rows_out: int
     missing: Mapping[str, RowSet]
     surplus: Mapping[str, RowSet]
+    altered: Mapping[str, RowSet]
     foreign: tuple[str, ...]
     problems: tuple[str, ...]
     stats: Stats
@@ -142,7 +157,10 @@ class Verification:
     @property
     def ok(self) -> bool:
         """Every row of the input is in the output exactly once, and every file below data/ is sound."""
-        return not (self.problems or self.missing or self.surplus) and self.rows_in == self.rows_out
+        return (
+            not (self.problems or self.missing or self.surplus or self.altered)
+            and self.rows_in == self.rows_out
+        )
 
     def describe(self) -> str:
         """The verdict in one line, then a line for each problem and each foreign file."""
@@ -154,8 +172,8 @@ class Verification:
         return "\n".join(lines)
 
 
-def verification_of(shards: Sequence[Shard], scan: Scan) -> Verification:
-    """Rows in against rows out, shard by shard."""
+def verification_of(shards: Sequence[Shard], scan: Scan, altered: Mapping[str, RowSet]) -> Verification:
+    """Rows in against rows out, shard by shard. `altered`, by shard: rows that differ from those that were sealed."""
     missing: dict[str, RowSet] = {}
     surplus: dict[str, RowSet] = {}
     problems: list[str] = []
@@ -191,6 +209,15 @@ def verification_of(shards: Sequence[Shard], scan: Scan) -> Verification:
                 f"{shard.name} has {file.rows} rows in the output and {shard.rows} in the input; "
                 f"rows {beyond} are twice there or foreign"
             )
+        if seal.stats.rows != file.rows:
+            problems.append(
+                f"{file.path} counts {seal.stats.rows} rows in its statistics and holds {file.rows}"
+            )
+        if altered.get(shard.name):
+            problems.append(
+                f"{file.path} does not hold the rows that were sealed: among rows {altered[shard.name]} some are "
+                "twice there, missing, foreign, changed or unreadable; delete the file and run the job again"
+            )
     known = {output_name(shard.name) for shard in shards}
     problems += [f"{f.path} {f.problem}" for key, f in scan.sealed.items() if f.problem and key not in known]
     return Verification(
@@ -198,6 +225,7 @@ def verification_of(shards: Sequence[Shard], scan: Scan) -> Verification:
         rows_out,
         missing,
         surplus,
+        altered,
         _foreign(shards, scan),
         tuple(problems),
         Stats.total(stats),
