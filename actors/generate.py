@@ -33,7 +33,8 @@ from actors.families import load_family, load_model
 
 @dataclass(frozen=True, slots=True)
 class GenerateConfig:
-    """What a Generate actor is built from. `sampling.seed` is the job's; each row derives its own from it."""
+    """What a Generate actor is built from. `sampling.seed` is the job's; each row derives its own from it. It computes
+    on so many `threads`, or with None on as many as torch takes by itself."""
 
     model_path: str
     revision: str | None
@@ -41,6 +42,7 @@ class GenerateConfig:
     engine: EngineName
     sampling: Sampling
     keep: tuple[str, ...]
+    threads: int | None = None
 
 
 _UNWATCHED = Unwatched("generate")
@@ -51,6 +53,10 @@ class Generate:
 
     def __init__(self, config: GenerateConfig, attempts: Attempts = _UNWATCHED) -> None:
         self._attempts, self._guard = attempts, Guard(attempts)  # first: a death while loading counts as one
+        if (
+            config.threads is not None
+        ):  # by itself it would go by OMP_NUM_THREADS, which clusters set to anything
+            torch.set_num_threads(config.threads)
         self.config = config
         self.family = load_family(config.model_path, config.revision)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -30,10 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from pipeline.ledger import LedgerMismatch
     from pipeline.spec import SpecError
     from pipeline.stop import Stopped
+    from pipeline.weather import MissingBucket
 
     try:
         code: int = options.command(options)
-    except (SpecError, LedgerMismatch) as error:
+    except (SpecError, LedgerMismatch, MissingBucket) as error:
         return _fail(BAD_SPEC, error)
     except (LeaseHeld, LeaseLost) as error:
         return _fail(HELD, error)

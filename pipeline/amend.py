@@ -3,10 +3,11 @@
 Why: an image host was down, or a limit was too low. Those rows deserve another try; the millions of good ones beside
 them must not be touched.
 
-The one idea: a retry is a journal of its own. Its parts lie under `_tessera/retry` until they are merged: the sealed
-file is read, its error rows are replaced by what the parts hold, every other row is taken as it is, and the whole is
-swapped for the very file that was read. Merging twice gives the same file, so a kill anywhere costs nothing: whoever
-comes next merges what is left, and only then deletes the parts. A shard without such rows is not even opened.
+A retry is a journal of its own. Its parts lie under `_tessera/retry` until they are merged: the sealed file is read,
+its error rows are replaced by what the parts hold, every other row is taken as it is, and the whole is swapped for the
+very file that was read. Merging twice gives the same file, so a kill anywhere costs nothing: whoever comes next merges
+what is left, and only then deletes the parts. A part is named after its content, so what is deleted is what was merged,
+and never what another run published since. A shard without such rows is not even opened.
 """
 
 from collections.abc import Collection, Sequence
@@ -59,7 +60,6 @@ def merge_retried(ledger: Ledger, shards: Sequence[Shard]) -> list[str]:
         if mine and scan.seal_of(shard.name, shard.fingerprint):
             concerned.append((shard, sorted(mine)))
     in_parallel(lambda item: _amend(ledger, *item), concerned)
-    ledger.guard()
     ledger.storage.delete([part.path for part in parts])
     return [shard.name for shard, _ in concerned]
 
@@ -71,7 +71,6 @@ def _amend(ledger: Ledger, shard: Shard, parts: Sequence[str]) -> None:
         sealed = pq.ParquetFile(pa.BufferReader(data))
         retried = [part_rows(part, ledger.storage.read(part), shard, sealed.schema_arrow) for part in parts]
         amended, _ = sealed_file(shard, *_replaced(_row_groups(sealed), retried))
-        ledger.guard()
         if amended == data or ledger.storage.put_if(path, amended, version):
             return
 

@@ -11,12 +11,13 @@ import math
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
 from ray._private.state import state as ray_state
+from ray._private.utils import get_num_cpus
 
 from pipeline.spec import ResourcesSpec
 
@@ -24,6 +25,8 @@ from pipeline.spec import ResourcesSpec
 # fractions of a core keep them from crowding actors out on a small machine.
 IO_TASK_CPUS = 0.25
 _IO_CPUS = 1
+
+_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # where our packages lie, side by side
 
 
 class ClusterError(RuntimeError):
@@ -40,46 +43,124 @@ class Capacity:
     max_gpus: float
 
 
-def generate_cpus(resources: ResourcesSpec) -> float:
-    """CPUs of a Generate actor: none beside a GPU (Ray would reserve one by default), one core without."""
-    return 0 if resources.generate.gpus else 1
-
-
 def required(resources: ResourcesSpec) -> tuple[float, float]:
     """CPUs and GPUs without which the smallest actor pools and the I/O tasks cannot run side by side."""
     generate = resources.generate
-    cpus = resources.preprocess.replicas[0] * resources.preprocess.cpus + _IO_CPUS
-    return cpus + generate.replicas[0] * generate_cpus(resources), generate.replicas[0] * generate.gpus
+    cpus = generate.replicas[0] * (generate.cpus or 0)
+    return cpus + _cpus_beside(resources), generate.replicas[0] * generate.gpus
 
 
-def connect(resources: ResourcesSpec) -> None:
-    """Joins the cluster at RAY_ADDRESS or starts a local one; no-op when this process has joined already.
+def with_generate_cpus(resources: ResourcesSpec, cpus: float) -> ResourcesSpec:
+    """`resources` with the CPUs of a Generate actor, where the spec leaves them open.
+
+    None beside a GPU (Ray would reserve one by default). Without one it computes on all of the CPUs it can get: its
+    share of `cpus`, at least one.
+    """
+    if resources.generate.cpus is not None:
+        return resources
+    share = 0 if resources.generate.gpus else max(1, cpus // resources.generate.replicas[0])
+    return resources.model_copy(
+        update={"generate": resources.generate.model_copy(update={"cpus": float(share)})}
+    )
+
+
+def _cpus_beside(resources: ResourcesSpec) -> float:
+    """CPUs of the smallest preprocess pool, and of the I/O tasks."""
+    return resources.preprocess.replicas[0] * resources.preprocess.cpus + _IO_CPUS
+
+
+def connect(resources: ResourcesSpec) -> ResourcesSpec:
+    """Joins the cluster at RAY_ADDRESS or starts a local one, unless this process has joined one already, and returns
+    `resources` with what the spec left open (`with_generate_cpus`).
 
     Raises ClusterError when there is none at that address.
     """
-    if ray.is_initialized():
-        return
+    if not ray.is_initialized():
+        # A laptop runs the smallest pools even where they outnumber its cores: slower, but it works.
+        local = with_generate_cpus(resources, _threads(_local_cpus()))
+        _initialise(max(math.ceil(required(local)[0]), _local_cpus() + _IO_CPUS))
+        if "RAY_ADDRESS" not in os.environ:
+            return local
+    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    # A replica fits on one node, and leaves room for what feeds it.
+    return with_generate_cpus(resources, min(max(nodes), sum(nodes) - _cpus_beside(resources)))
+
+
+def _local_cpus() -> int:
+    """CPUs that this process may use, by its container's limits and its affinity."""
+    allowed = int(get_num_cpus(True))
+    return max(1, min(allowed, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else allowed)
+
+
+def _threads(cpus: int) -> int:
+    """Threads on a machine of `cpus`: fewer where OMP_NUM_THREADS says so."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, min(cpus, int(asked))) if asked.isdigit() else cpus
+
+
+def _initialise(local_cpus: int) -> None:
     # Ray's C++ side writes harmless but alarming lines about every actor pool to the driver's terminal, and one
     # more about being told not to.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     address = os.environ.get("RAY_ADDRESS")
+    environment = {"worker_process_setup_hook": _import_ours()} if _shadowed() else None
     with _muted_stderr():
         if address:
             try:
                 _knock(address)
-                ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+                ray.init(
+                    address=address,
+                    runtime_env=environment,
+                    log_to_driver=False,
+                    logging_level=logging.WARNING,
+                )
             except (OSError, RuntimeError, ValueError) as error:
                 raise ClusterError(f"no Ray cluster answers at RAY_ADDRESS={address}: {error}") from None
         else:
-            # A laptop runs the smallest pools even where they outnumber its cores: slower, but it works.
-            cpus = max(math.ceil(required(resources)[0]), (os.cpu_count() or 1) + _IO_CPUS)
             ray.init(
                 address="local",
-                num_cpus=cpus,
+                num_cpus=local_cpus,
+                runtime_env=environment,
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.WARNING,
             )
+
+
+def _shadowed() -> bool:
+    """Whether a worker would import somebody else's `pipeline` or `actors`: Ray has workers look into the driver's
+    working folder first, and a repository of one's own may well have a package of that name."""
+    searched = [os.getcwd(), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    names = ("pipeline", "pipeline.py", "actors", "actors.py")
+    return any(
+        os.path.realpath(folder) != os.path.realpath(_ROOT)
+        and any(os.path.exists(os.path.join(folder, name)) for name in names)
+        for folder in searched
+        if folder
+    )
+
+
+def _import_ours() -> Callable[[], None]:
+    """What makes a worker import our packages before it looks for any. Not a function of this module, since Ray would
+    send its name alone, and finding it by name is what goes wrong. It costs each worker a second, so only where needed.
+    """
+    root = _ROOT
+
+    def import_ours() -> None:
+        import importlib
+        import os.path
+        import sys
+
+        if not os.path.isdir(os.path.join(root, "pipeline")):  # another machine, laid out in another way
+            return
+        sys.path.insert(0, root)
+        try:
+            for name in ("pipeline", "actors"):
+                importlib.import_module(name)
+        finally:
+            sys.path.remove(root)
+
+    return import_ours
 
 
 def _knock(address: str) -> None:

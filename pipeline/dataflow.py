@@ -68,7 +68,7 @@ def run(spec: JobSpec, show: Display, take_over: bool = False) -> Outcome:
     kept = job_schema(spec, shards)
     ledger = Ledger(spec.output.path)
     ledger.check(spec)
-    if ledger.succeeded() and ledger.plan(shards).finished and not ledger.retried():
+    if ledger.succeeded(ledger.plan(shards)) and not ledger.retried():
         verification = verified(ledger, shards, show)
         return Outcome.of(spec, verification)  # nothing is written, so no lease is needed
     with open_session(spec, take_over, show) as session:
@@ -160,7 +160,7 @@ def dataset(
     import ray.data
     from ray.data import ActorPoolStrategy
 
-    from pipeline.cluster import IO_TASK_CPUS, generate_cpus
+    from pipeline.cluster import IO_TASK_CPUS
     from pipeline.deaths import RayAttempts, watch
     from pipeline.source import ShardSource
     from pipeline.stages import Generate, Preprocess
@@ -198,7 +198,7 @@ def dataset(
                 max_concurrent_calls_per_actor=_BLOCKS_AT_ONCE,
                 enable_true_multi_threading=True,
             ),
-            num_cpus=generate_cpus(spec.resources),
+            num_cpus=generate.cpus,
             num_gpus=generate.gpus or None,
         )
     )
@@ -272,7 +272,7 @@ def generate(
     from pipeline import cluster
     from pipeline.stages import STORAGE_RETRIES
 
-    cluster.connect(spec.resources)
+    spec = spec.model_copy(update={"resources": cluster.connect(spec.resources)})
     session.signals.install()  # Ray has put its own in place
     cluster.preflight(spec.resources, cluster.capacity())
     _quieten()
@@ -327,6 +327,7 @@ def _generate_config(spec: JobSpec, kept: pa.Schema) -> Any:
         engine=spec.model.engine,
         sampling=Sampling(**spec.generation.model_dump()),
         keep=tuple(kept.names),
+        threads=None if spec.resources.generate.gpus else int(spec.resources.generate.cpus or 1) or 1,
     )
 
 

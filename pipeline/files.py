@@ -111,10 +111,12 @@ def list_files(filesystem: "AbstractFileSystem", root: str) -> list[FileInfo]:
     """Every file below a folder, sorted, paths relative to it; nothing when it does not exist."""
     if is_local(filesystem):
         return sorted(_walk(root, ""), key=lambda info: info.path)
+    what = f"listing {filesystem.unstrip_protocol(root)}"
     try:
-        found = patiently(
-            lambda: filesystem.find(root, detail=True), f"listing {filesystem.unstrip_protocol(root)}"
-        )
+        if is_s3(filesystem):
+            found = dict(_s3_objects(filesystem, root, what))
+        else:
+            found = patiently(lambda: filesystem.find(root, detail=True), what)
     except FileNotFoundError:
         return []
     prefix = root.rstrip("/") + "/"
@@ -123,6 +125,22 @@ def list_files(filesystem: "AbstractFileSystem", root: str) -> list[FileInfo]:
         for path, info in sorted(found.items())
         if path.startswith(prefix) and not path.endswith("/")  # "folders" that consoles make are no files
     ]
+
+
+def _s3_objects(
+    filesystem: "AbstractFileSystem", root: str, what: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(path, info) of every object below a folder. Each page of a listing is retried by itself: of a thousand pages
+    one always fails, and it must not cost the others."""
+    bucket, folder, _ = filesystem.split_path(root)
+    request = {"Bucket": bucket, "Prefix": f"{folder}/" if folder else "", **filesystem.req_kw}
+    while True:
+        page = patiently(lambda: filesystem.call_s3("list_objects_v2", **request), what)
+        for item in page.get("Contents", ()):
+            yield f"{bucket}/{item['Key']}", {"size": item["Size"], **item}
+        if not page.get("IsTruncated"):
+            return
+        request["ContinuationToken"] = page["NextContinuationToken"]
 
 
 def _walk(root: str, below: str) -> Iterator[FileInfo]:

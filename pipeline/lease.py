@@ -2,18 +2,30 @@
 
 Why: two schedulers start the same job, or a laptop and a cluster. Both would caption the same rows and pay twice.
 
-The one idea: `_tessera/lease.json` belongs to the run it names, and changes hands only by compare-and-swap (created
-if absent, or replaced if still what was read; storage.py). The holder changes a counter in it every
-HEARTBEAT_SECONDS. No clock of another machine is ever trusted: who wants the lease watches it by his own stopwatch,
-and takes it once nothing has changed for EXPIRY_SECONDS. A holder that died on this very machine is known by its
-process, and needs no waiting.
+`_tessera/lease.json` belongs to the run it names, and changes hands only by compare-and-swap (created if absent, or
+replaced if still what was read; storage.py). The holder changes a counter in it every HEARTBEAT_SECONDS. No clock of
+another machine is ever trusted: who wants the lease watches it by his own stopwatch, and takes it once nothing has
+changed for EXPIRY_SECONDS. A holder that died on this very machine is known by its process, and needs no waiting.
 
-A run that was paused and lost its lease must not go on writing. So every writer, on whatever machine, reads the lease
-right before it publishes, seals or deletes (`Fence.check`). What remains is the moment between that read and the
-write. It is harmless: a part is named after its rows and holds captions of the same spec as anybody's, for a spec
-changes only while the output holds none; a seal is created or swapped for the version it was compared with, never
-blindly overwritten; and only what is sealed and readable is deleted (ledger.py). One case is left: a run paused in
-that moment before its very first part, and succeeded by a run of another spec, leaves that one part behind.
+Fencing: a run that was paused, or whose request is being retried, may have lost its lease meanwhile, and must not
+write any more. So every attempt to write or delete a file, on whatever machine, begins with a look at the lease
+(`Fence.check`, the `guard` of the ledger's Storage). What remains is the moment between that look and the store's
+carrying out the request. A run held up in it and succeeded by another one can do this, and no more:
+
+- A part is added. It is named after its content, so it replaces none, and it holds captions of the same spec as
+  anybody's, for a spec changes only while the output holds none. One case is left: a run held up before its very
+  first part, and succeeded by a run of another spec, leaves that one part behind.
+- Sealed files and spec.json are swapped for the version that was compared with. The successor's is another version
+  (spec.json names the run), so the swap fails.
+- Parts are deleted that are sealed and readable, or merged. What the successor publishes has another name, unless it
+  has the same content.
+- `_SUCCESS` is created, or swapped for the mark that was read, so the successor's is not replaced. But a successor
+  that found no mark to take away leaves no trace there, and no store makes one file's write depend on another file. So
+  the writer looks at the lease once more when the mark is written, and takes its own back if that is lost. A mark that
+  is not true is left only by a process that is killed between the two, or by a request that the store carries out
+  after its client gave up. Tessera does not believe it (`Ledger.succeeded` compares it with the files) and its next
+  run removes or replaces it; readers that ask only whether the file exists believe it until then.
+- The successor's true `_SUCCESS` is deleted, by a run held up as it took the mark away. Its next run writes it again.
 """
 
 import json
@@ -95,7 +107,7 @@ def holder_of(storage: Storage) -> Holder | None:
 
 
 class Fence:
-    """A run's right to write, asked for by any process. Picklable and small."""
+    """Fencing check: whether lease.json still names this run. Picklable and small, for any process."""
 
     def __init__(self, storage: Storage, run: str) -> None:
         self.storage, self.run = storage, run

@@ -3,10 +3,10 @@
     <output>/data/<shard>.parquet             sealed: every row of one input shard, in input order
     <output>/_tessera/spec.json               what captions depend on
     <output>/_tessera/journal/part-*.parquet  rows done but not sealed
-    <output>/_tessera/retry/part-*.parquet    error rows of sealed shards, done again (retry.py)
+    <output>/_tessera/retry/part-*.parquet    error rows of sealed shards, done again (amend.py)
     <output>/_tessera/lease.json              which run may write (lease.py)
     <output>/_tessera/runs/<run>.json         statistics of each run
-    <output>/_SUCCESS                         after verification
+    <output>/_SUCCESS                         how many rows a run verified, and which run
 
 Why: a job is killed at hour 20, a task is retried, two writers race. State kept beside the data then says one
 thing and the data another. Here there is no such state: a file is the record of the rows it holds.
@@ -14,7 +14,9 @@ thing and the data another. Here there is no such state: a file is the record of
 The laws (each has a test of its name):
 1. A row is done if and only if a whole file holds it. Files appear by one atomic put, and the row set stands
    in the footer of the file that holds the rows.
-2. Publishing is idempotent: a part is named after its rows, so a retried write replaces itself.
+2. Publishing is idempotent: a part is named after its content, so a retried write replaces itself. Rows that come
+   out otherwise when they are done again (an error where there was a caption) stand in another part, and law 3
+   decides between the two.
 3. Sealing is a function of the rows: however the same rows were partitioned, ordered, repeated or overlapped
    in parts, the sealed bytes are the same. Where parts disagree about a row, a caption beats an error, then
    the part whose name sorts first wins. No size of a shard or a column is too large, as long as a row is not.
@@ -25,9 +27,10 @@ The laws (each has a test of its name):
 6. A changed input shard is a new shard: rows of its old version count for nothing.
 7. Planning reads footers only, each of them once; so does the recount that a run ends with.
 8. One output holds one spec's captions: a run whose captions would differ is refused.
-9. `_SUCCESS` is written last, and only for a verified output; it goes before new work starts.
-10. Only the run that holds the lease writes: it is looked at right before every write (lease.py says what the
-    moment in between can do: nothing, by laws 2 to 5).
+9. `_SUCCESS` is written last, and only for a verified output; it goes before new work starts. A run that lost
+   its lease while it wrote the mark takes it back, and a mark that does not count what the files hold is no mark.
+10. Only the run that holds the lease writes: every attempt of every write begins with a look at it (lease.py says
+    what can happen between the look and the write).
 11. A sealed file proves its rows. It is written only from every row of its shard, once and in order, and its footer
     carries digests of their values, against which `verify` holds what it reads.
 """
@@ -36,6 +39,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from hashlib import sha256
 from typing import Any
 
@@ -47,13 +51,14 @@ from pipeline.entries import Entry, Stats, decode, entries_of, to_parquet
 from pipeline.files import FileInfo, in_parallel
 from pipeline.footer import NotParquetError, read_footer
 from pipeline.identity import identity_record, mismatch
-from pipeline.lease import Fence
+from pipeline.lease import Fence, LeaseLost
 from pipeline.merge import SealError, altered_rows, merged_file, part_rows
 from pipeline.rows import RowSet
 from pipeline.shards import Shard, output_name
-from pipeline.spec import JobSpec
+from pipeline.spec import JobSpec, SpecError
 from pipeline.state import Plan, Published, Scan, Verification, plan_of, verification_of
 from pipeline.storage import Storage
+from pipeline.weather import MissingBucket
 
 DATA = "data"
 JOURNAL = "_tessera/journal"
@@ -71,11 +76,12 @@ class Ledger:
     """The ledger of one output. Picklable, and cheap to build: everything is read when it is asked for.
 
     `plan` may be called again and again: a footer is read once, as long as its file stays as it is. With a
-    `fence`, whatever writes raises LeaseLost unless the run holds the output's lease (law 10).
+    `fence`, whatever writes raises LeaseLost unless the run holds the output's lease (law 10): `storage` is guarded.
     """
 
     def __init__(self, storage: Storage | str, fence: Fence | None = None) -> None:
-        self.storage = Storage(storage) if isinstance(storage, str) else storage
+        storage = Storage(storage) if isinstance(storage, str) else storage
+        self.storage = replace(storage, guard=fence.check) if fence else storage
         self.fence = fence
         self._seen: dict[FileInfo, Published] = {}
 
@@ -95,17 +101,10 @@ class Ledger:
         table = table.select([*IDENTITY, *kept])
         for name in RESULT_SCHEMA.names:
             table = table.append_column(name, results[name])
-        entries = entries_of(table)
-        path = f"{folder}/{_part_name(entries)}"
-        data = to_parquet(table, entries, statistics=False)
-        self.guard()
+        data = to_parquet(table, entries_of(table), statistics=False)
+        path = f"{folder}/{_part_name(data)}"
         self.storage.put_atomic(path, data)
         return path
-
-    def guard(self) -> None:
-        """Raises LeaseLost where this ledger may not write any more (law 10)."""
-        if self.fence:
-            self.fence.check()
 
     def scan(self) -> Scan:
         """Every sealed shard and journal part there is now, by their footers (law 7)."""
@@ -155,7 +154,6 @@ class Ledger:
         data, stats = merged_file(shard, tables, schema)
         del tables  # gigabytes, maybe, and so is the file
         path = f"{DATA}/{output_name(shard.name)}"
-        self.guard()
         while not self.storage.create_exclusive(path, data):  # a seal is there, or a file of an older version
             with suppress(FileNotFoundError):
                 version = self.storage.read_version(path)[
@@ -164,7 +162,6 @@ class Ledger:
                 seal = self.seal_of(shard)
                 if seal:
                     return seal.stats
-                self.guard()
                 if self.storage.put_if(path, data, version):
                     break
         return stats
@@ -182,7 +179,6 @@ class Ledger:
 
     def discard(self, parts: Sequence[str]) -> None:
         """Deletes parts that a plan calls settled."""
-        self.guard()
         self.storage.delete(parts)
 
     def verify(self, shards: Sequence[Shard], footers_only: bool = False) -> Verification:
@@ -208,29 +204,47 @@ class Ledger:
         found = in_parallel(read, shards, threads=os.cpu_count() or 1)
         return {shard.name: rows for shard, rows in zip(shards, found, strict=True) if rows}
 
-    def check(self, spec: JobSpec) -> bool:
+    def check(self, spec: JobSpec) -> None:
         """Raises LedgerMismatch unless captions would be those the output already holds (law 8); changes nothing.
 
-        An output without a single caption is free for any spec. True if the output knows this very spec.
+        An output without a single caption is free for any spec. Raises SpecError where there can be no output.
         """
-        return self._compare(identity_record(spec))
+        try:
+            self._compare(identity_record(spec))
+        except MissingBucket as error:
+            raise SpecError(f"output.path: {error}") from None
 
     def bind(self, spec: JobSpec) -> None:
-        """As `check`, and writes spec.json: what captions depend on, and the whole spec of the last run."""
-        record = identity_record(spec)
-        if not self._compare(record):
-            self.guard()
-            self.storage.put_atomic(SPEC, _to_json(record))
+        """As `check`, and writes spec.json: what captions depend on, and the whole spec of the last run.
 
-    def _compare(self, record: Mapping[str, Any]) -> bool:
+        It is swapped for the version that was compared with. It names the run, so that each run's is another version:
+        a run that was held up cannot replace its successor's, though both were of the same spec.
+        """
+        record = identity_record(spec)
+        data = _to_json({**record, "run": self._run})
+        while not self._swap(SPEC, data, self._compare(record)):
+            pass
+
+    def _compare(self, record: Mapping[str, Any]) -> str | None:
+        """The version of spec.json, if there is one; raises LedgerMismatch."""
         try:
-            before = json.loads(self.storage.read(SPEC))
+            before, version = self.storage.read_version(SPEC)
         except FileNotFoundError:
-            return False
-        refused = mismatch(self.storage.url, before["fields"], record["fields"])
+            return None
+        refused = mismatch(self.storage.url, json.loads(before)["fields"], record["fields"])
         if refused and any(self.storage.list(folder) for folder in (JOURNAL, DATA)):
             raise LedgerMismatch(refused)
-        return bool(before == record)
+        return version
+
+    def _swap(self, path: str, data: bytes, version: str | None) -> bool:
+        """Puts a file in the place of one of its versions (None: of nothing); False if that is not what is there."""
+        if version is None:
+            return self.storage.create_exclusive(path, data)
+        return self.storage.put_if(path, data, version)
+
+    @property
+    def _run(self) -> str | None:
+        return self.fence.run if self.fence else None
 
     def record_run(self, run: str, stats: Mapping[str, Any]) -> None:
         """Writes the JSON statistics of one run under its id."""
@@ -242,20 +256,40 @@ class Ledger:
         return [json.loads(data) for data in in_parallel(self.storage.read, paths)]
 
     def write_success(self, verification: Verification) -> None:
-        """Marks the output complete (law 9)."""
+        """Marks the output complete (law 9); leaves no mark of its own where it raises LeaseLost."""
         if not verification.ok:
             raise ValueError("only a verified output is marked complete")
-        counts = {"rows": verification.rows_out, "errors": dict(verification.stats.errors)}
-        self.guard()
-        self.storage.put_atomic(SUCCESS, _to_json(counts))
+        data = _to_json({**_counts(verification.stats), "run": self._run})
+        try:
+            while not self._swap(SUCCESS, data, self._mark()[1]):
+                pass
+            if self.fence:
+                self.fence.check()  # a successor that began in between had no mark to take away
+        except LeaseLost:
+            if self._mark()[0] == data:
+                replace(self.storage, guard=None).delete([SUCCESS])
+            raise
 
     def clear_success(self) -> None:
         """Takes the mark away: call it before the first new row is published."""
-        self.guard()
         self.storage.delete([SUCCESS])
 
-    def succeeded(self) -> bool:
-        return self.storage.exists(SUCCESS)
+    def succeeded(self, plan: Plan) -> bool:
+        """Whether the output is complete and marked so: the mark alone could be one that came late."""
+        if not plan.finished:
+            return False
+        try:
+            mark = json.loads(self._mark()[0] or b"{}")
+        except ValueError:
+            return False
+        return isinstance(mark, dict) and {**mark, **_counts(plan.stats)} == mark
+
+    def _mark(self) -> tuple[bytes | None, str | None]:
+        """`_SUCCESS` as it is, and its version."""
+        try:
+            return self.storage.read_version(SUCCESS)
+        except FileNotFoundError:
+            return None, None
 
     def _look(self, info: FileInfo) -> Published | None:
         """The file by its footer; None if it was deleted since it was listed."""
@@ -282,9 +316,12 @@ class Ledger:
         return Scan(sealed, ()).seal_of(shard.name, shard.fingerprint)
 
 
-def _part_name(entries: Mapping[str, Entry]) -> str:
-    rows = {name: [entry.fingerprint, entry.rows.to_json()] for name, entry in entries.items()}
-    return f"part-{sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:20]}.parquet"
+def _part_name(data: bytes) -> str:
+    return f"part-{sha256(data).hexdigest()[:20]}.parquet"
+
+
+def _counts(stats: Stats) -> dict[str, Any]:
+    return {"rows": stats.rows, "errors": dict(stats.errors)}
 
 
 def _to_json(value: object) -> bytes:

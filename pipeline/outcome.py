@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os.path
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,13 +91,47 @@ def notes_of(foreign: Sequence[str]) -> list[str]:
 def root_cause(error: BaseException) -> str:
     """The one line that says what went wrong.
 
-    Ray wraps an exception of a task or actor several times over, some of the wraps with nothing but the remote
-    traceback as their text; its last line is the exception itself, as `module.Type: message`.
+    Ray wraps an exception of a task or actor several times over. Most wraps hold the exception (`cause`); that of an
+    actor's batch keeps nothing of it but the remote traceback, in the outermost wrap's text.
     """
-    while isinstance(inner := getattr(error, "cause", None), BaseException):
-        error = inner
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt|Lost)\b.*:", line)]
-    return re.sub(r"^(\w+\.)+", "", raised[-1] if raised else lines[0])
+    wraps = [error]
+    while isinstance(inner := getattr(wraps[-1], "cause", None), BaseException):
+        wraps.append(inner)
+    for wrap in (*reversed(wraps), error):
+        if raised := _raised_in(str(wrap)):
+            return raised
+        if str(wrap).strip() and not str(wrap).startswith("UDF failed to process a data block"):
+            return _told(type(wrap), str(wrap).strip().partition("\n")[0])
+    return type(wraps[-1]).__name__
+
+
+def _raised_in(traceback: str) -> str:
+    """The last exception of a remote traceback that is not Ray's own, as one line; empty where there is none."""
+    raised, place = "", ""
+    for line in traceback.splitlines():
+        if frame := re.match(r'\s+File "(.*)", line (\d+), in (.*)', line):
+            place = f"in {frame[3]} ({os.path.basename(frame[1])}:{frame[2]})"
+        elif (
+            place and line and not line[0].isspace()
+        ):  # what follows the frames and their source is the exception
+            name, _, message = line.partition(": ")
+            if not name.startswith("ray."):
+                raised = _told(_exception(name), message, name.rpartition(".")[2], place)
+            place = ""
+    return raised
+
+
+def _exception(name: str) -> type[BaseException]:
+    """The exception of a qualified name that a traceback shows, where it is Python's or ours."""
+    module, _, kind = name.rpartition(".")
+    found = getattr(sys.modules.get(module or "builtins"), kind, None)
+    return found if isinstance(found, type) and issubclass(found, BaseException) else Exception
+
+
+def _told(kind: type[BaseException], message: str, name: str = "", place: str = "") -> str:
+    """Our own errors and those of the system are sentences; others need their name, and a bug its place."""
+    ours = kind.__module__.startswith(("pipeline.", "actors.", "ray."))
+    if message and (ours or issubclass(kind, OSError)):
+        return message
+    named = ": ".join(filter(None, (name or kind.__name__, message)))
+    return f"{named}, {place}" if place and kind.__module__ == "builtins" and kind is not Exception else named

@@ -93,9 +93,9 @@ class Session:
         return True
 
     def ended(self, how: str) -> None:
-        """Writes the run's record: done, stopped, failed or lost."""
+        """Writes the run's record: done, stopped or failed."""
         record = {**self.record, "ended": how, "storage_retries": self.retries()}
-        with suppress(OSError):  # the run's end is worth more than its record
+        with suppress(OSError, LeaseLost):  # the run's end is worth more than its record
             self.ledger.record_run(self.run, record)
 
 
@@ -109,8 +109,7 @@ def open_session(spec: JobSpec, take_over: bool, show: Display) -> Iterator[Sess
         try:
             yield session
         except BaseException as error:
-            ends = {Stopped: "stopped", KeyboardInterrupt: "stopped", LeaseLost: "lost"}
-            session.ended(ends.get(type(error), "failed"))
+            session.ended("stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed")
             raise
         session.ended("done")
 

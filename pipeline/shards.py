@@ -19,7 +19,7 @@ import pyarrow as pa
 from pipeline.files import FileInfo, file_info, in_parallel, list_files, open_filesystem
 from pipeline.footer import NotParquetError, read_footer
 from pipeline.spec import InputSpec, SpecError
-from pipeline.weather import patiently
+from pipeline.weather import MissingBucket, StorageError, patiently
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -146,6 +146,10 @@ def _expand(url: str) -> tuple["AbstractFileSystem", str, list[FileInfo]]:
         return filesystem, os.path.dirname(path), [file_info(filesystem, path, info)]
     except FileNotFoundError:
         raise InputError(f"input.path: {url} does not exist") from None
+    except MissingBucket as error:
+        raise InputError(f"input.path: {error}") from None
+    except StorageError:  # says what failed; the spec is not to blame
+        raise
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"input.path: {url} cannot be read ({error})") from None
 

@@ -174,10 +174,15 @@ class PreprocessResources(_Section):
 
 
 class GenerateResources(_Section):
-    """Actors that hold the model: how many [min, max], and GPUs for each (0 runs on CPU)."""
+    """Actors that hold the model: how many [min, max], and GPUs and CPUs for each (gpus: 0 runs on CPU).
+
+    `cpus` null: none beside a GPU; without one what the machine has, or what the cluster's largest node has left
+    (pipeline/cluster.py). A replica without a GPU computes on so many threads.
+    """
 
     replicas: Replicas = (1, 8)
     gpus: Annotated[Real, AfterValidator(_whole_above_one)] = Field(default=1, ge=0)
+    cpus: Annotated[Real, AfterValidator(_whole_above_one)] | None = Field(default=None, ge=0)
 
 
 class ResourcesSpec(_Section):

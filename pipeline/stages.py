@@ -1,14 +1,16 @@
 """The stages as a run wants them: they drain when it stops, and captions are published where they are made.
 
 The one idea: Generate publishes its own block. What waits to be written dies with the driver or a node, so it does not
-wait: a kill costs the blocks in the engine, and no queue behind it. A block that is tried again has the same name and
-replaces itself (ledger.py). While one block is being put, others keep the engine full.
+wait: a kill costs the blocks in the engine, and no queue behind it. The same captions, made again, have the same name
+and replace themselves (ledger.py). While one block is being put, others keep the engine full.
 
 Once the run stops, blocks that a stage has not begun are emptied. An empty block costs nothing, so the pipeline runs
 dry by itself.
 """
 
 from __future__ import annotations
+
+import os
 
 import pyarrow as pa
 
@@ -21,9 +23,14 @@ from pipeline.weather import RETRIES
 STORAGE_RETRIES = "storage_retries"
 """What leaves the pipeline: a row for each block, with how often its process tried storage again since the last."""
 
+_NICENESS = 10  # a tenth of a CPU's time beside somebody who wants all of it
+
 
 class Preprocess(preprocess.Preprocess):
     def __init__(self, fence: Fence, config: preprocess.PreprocessConfig, attempts: Attempts) -> None:
+        # Without a GPU both stages want the same cores. An engine's threads wait for each other, so whoever takes a
+        # core from one of them holds up all; preprocessing is ahead of the engine anyway.
+        os.nice(_NICENESS)
         super().__init__(config, attempts)
         self._fence = fence
 

@@ -16,7 +16,7 @@ def status(spec: JobSpec) -> str:
     plan = ledger.plan(shards)
     sealed = sum(state.sealed for state in plan.shards)
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in plan.stats.errors.items())
-    complete = "complete" if ledger.succeeded() else "not complete"
+    complete = "complete" if ledger.succeeded(plan) else "not complete"
     lines = [
         f"{spec.name}: {complete}",
         f"  shards: {sealed:,} sealed, {len(plan.shards) - sealed:,} open",

@@ -3,10 +3,11 @@
 Why: everything Tessera promises rests on one property, that a file is either there whole or not there at all.
 It is stated and kept here, for local disks and object stores alike.
 
-The one idea: `put_atomic`. Locally: a hidden temporary file in the same folder, fsync, rename, fsync of the
-folder. In an object store: one put (or a multipart upload, which only its completion makes visible).
-Readers never see a torn file, and a kill leaves at most a hidden temporary file that `list` does not show.
-Every operation is patient (weather.py): storage that throttles or resets costs time, never the job.
+`put_atomic` locally: a hidden temporary file in the same folder, fsync, rename, fsync of the folder. In an
+object store: one put (or a multipart upload, which only its completion makes visible). Readers never see a torn
+file, and a kill leaves at most a hidden temporary file that `list` does not show. Every operation is retried
+(weather.py): storage that throttles or resets costs time, never the job. A retry may come minutes after the first
+attempt, so what permits a write (`guard`) is asked in every attempt.
 
 Credentials and endpoints come from the environment, never from URLs. For S3: AWS_ACCESS_KEY_ID,
 AWS_SECRET_ACCESS_KEY, profiles and roles as everywhere, AWS_ENDPOINT_URL (or AWS_ENDPOINT_URL_S3) for MinIO
@@ -19,7 +20,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -54,15 +55,19 @@ class StoragePathError(ValueError):
 
 @dataclass(frozen=True)
 class Storage:
-    """Files under the root `url`, named by paths relative to it. Small and picklable: no open handles."""
+    """Files under the root `url`, named by paths relative to it. Small and picklable: no open handles.
+
+    `guard` is called at the start of every attempt to write or delete a file; what it raises ends the operation.
+    """
 
     url: str
+    guard: Callable[[], None] | None = field(default=None, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "url", absolute(self.url).rstrip("/") or "/")
 
-    def __getstate__(self) -> dict[str, str]:
-        return {"url": self.url}
+    def __getstate__(self) -> dict[str, object]:
+        return {"url": self.url, "guard": self.guard}
 
     @cached_property
     def _opened(self) -> tuple["AbstractFileSystem", str]:
@@ -86,7 +91,7 @@ class Storage:
 
     def put_atomic(self, path: str, data: bytes) -> None:
         """Writes or replaces a file: whole and durable on return, untouched after any failure before."""
-        self._patiently("writing", path, lambda: self._put(path, data))
+        self._guarded("writing", path, lambda: self._put(path, data))
 
     def create_exclusive(self, path: str, data: bytes) -> bool:
         """As `put_atomic`, but only if the file does not exist; of several callers, each with bytes of its own,
@@ -106,8 +111,8 @@ class Storage:
     def put_if(self, path: str, data: bytes, version: str) -> bool:
         """As `put_atomic`, but only if the file is still the `version` that was read; False if it is not.
 
-        S3 decides by `If-Match`. A local disk compares and renames under a lock on the folder; other object stores
-        compare and put, which leaves a moment between the two.
+        S3 decides by `If-Match`. A local disk compares and renames under a lock on the folder, which is waited for
+        for 5 s; other object stores compare and put, which leaves a moment between the two.
         """
         return self._conditionally(path, data, lambda: self._replace(path, data, version))
 
@@ -158,9 +163,17 @@ class Storage:
     def _patiently(self, doing: str, path: str, action: Callable[[], Result]) -> Result:
         return patiently(action, f"{doing} {self.url}/{path}")
 
+    def _guarded(self, doing: str, path: str, write: Callable[[], Result]) -> Result:
+        def attempt() -> Result:
+            if self.guard:
+                self.guard()
+            return write()
+
+        return self._patiently(doing, path, attempt)
+
     def _delete_one(self, path: str) -> None:
         with suppress(FileNotFoundError):
-            self._patiently("deleting", path, lambda: self.filesystem.rm_file(self.full(path)))
+            self._guarded("deleting", path, lambda: self._remove(path))
 
     def _delete_keys(self, paths: Sequence[str]) -> None:
         """One request to S3, which answers 200 and says which keys it could not delete; s3fs does not look at that."""
@@ -179,7 +192,7 @@ class Storage:
     def _conditionally(self, path: str, data: bytes, write: Callable[[], bool]) -> bool:
         """A conditional write whose answer may be lost on the way: the write again (by us, or unseen by the HTTP
         client) then meets its own file. So a file that holds our very bytes is ours."""
-        if self._patiently("writing", path, write):
+        if self._guarded("writing", path, write):
             return True
         with suppress(FileNotFoundError):
             return not self.local and self.read(path) == data
@@ -189,25 +202,16 @@ class Storage:
         if not self.local:
             self.filesystem.pipe_file(self.full(path), data)
             return
-        temporary = self._write_temporary(path, data)
-        try:
+        with self._temporary(path, data) as temporary:
             os.replace(temporary, self.full(path))
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync_folder(temporary.parent)
 
     def _create(self, path: str, data: bytes) -> bool:
         try:
             if not self.local:
                 self.filesystem.pipe_file(self.full(path), data, mode="create")
                 return True
-            temporary = self._write_temporary(path, data)
-            try:
+            with self._temporary(path, data) as temporary:
                 os.link(temporary, self.full(path))
-            finally:
-                temporary.unlink(missing_ok=True)
-            _sync_folder(temporary.parent)
         except FileExistsError:
             return False
         return True
@@ -227,14 +231,33 @@ class Storage:
                     raise
                 return False
             return True
-        with _locked(Path(self.full(path)).parent if self.local else None):
-            try:
+        try:
+            if not self.local:
                 if self.read_version(path)[1] != version:
                     return False
-            except FileNotFoundError:
-                return False
-            self._put(path, data)
-            return True
+                self._put(path, data)
+                return True
+            # The new file first: nothing that takes time stands between comparing and renaming.
+            with self._temporary(path, data) as temporary, _locked(temporary.parent):
+                if self.read_version(path)[1] != version:
+                    return False
+                os.replace(temporary, self.full(path))
+                return True
+        except FileNotFoundError:
+            return False
+
+    @contextmanager
+    def _temporary(self, path: str, data: bytes) -> Iterator[Path]:
+        """A durable hidden file beside `path`, for as long as the block lasts; what the block renames is durable."""
+        temporary = self._write_temporary(path, data)
+        try:
+            yield temporary
+            _sync_folder(temporary.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _remove(self, path: str) -> None:
+        self.filesystem.rm_file(self.full(path))
 
     def _write_temporary(self, path: str, data: bytes) -> Path:
         target = Path(self.full(path))
@@ -268,12 +291,9 @@ def _make_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _locked(folder: Path | None) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[None]:
     """Holds an advisory lock on a folder, which ends with the process that holds it; without one where there is
-    no locking (object stores, some network file systems), or where a stopped process keeps it."""
-    if folder is None:
-        yield
-        return
+    no locking (some network file systems), or where a stopped process keeps it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         deadline = time.monotonic() + _LOCK_SECONDS

@@ -1,22 +1,27 @@
-"""Storage weather: what is retried, for how long, and what is said when that does not help.
+"""Retrying storage: which errors are tried again, for how long, and what is said when that does not help.
 
-Why: at scale an object store always throttles, times out or resets somebody. Such weather must cost seconds, not the
-job. A wrong key, a missing right or a full disk does not get better by waiting, and must be told at once.
+Why: at scale an object store always throttles, times out or resets somebody. That must cost seconds, not the job. A
+wrong key, a missing right or a full disk does not get better by waiting, and must be told at once.
 
-The one idea: one layer decides. The retries inside botocore and s3fs are off (storage.py); here each operation is
-tried again after a random, growing pause until its time budget is spent, and every retry is counted.
+One layer decides: the retries inside botocore and s3fs are off (files.py). Here each operation is tried again after a
+random, growing pause, until BUDGET_SECONDS have passed without progress, and every retry is counted.
 """
 
 import errno
 import io
+import logging
+import random
 import threading
+import time
 from collections.abc import Callable
-from typing import TypeVar
+from datetime import datetime, timedelta
+from typing import Any, TypeVar
 
-from tenacity import Retrying, retry_if_exception, stop_before_delay, wait_random_exponential
-
-BUDGET_SECONDS = 120.0  # of one operation, pauses included; longer than any throttling we have heard of
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 15.0  # seconds; each is drawn from 0 to twice the one before
+BUDGET_SECONDS = 120.0  # without progress, pauses included; longer than any throttling we have heard of
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 15.0  # seconds; drawn from 0 to a limit that doubles with each
+_SILENT_SECONDS = 30.0  # twice what s3fs waits for a byte: an attempt that took longer was getting somewhere
+_RENEWALS = 5  # of an operation's budget, or storage that fails after minutes, each time, would never end
+_SAY_AFTER = 5.0  # seconds of failing, after which people are told what is waited for
 
 _STATUSES = {429, 500, 502, 503, 504}
 _CODES = {
@@ -27,7 +32,7 @@ _CODES = {
 _ERRORS = {  # by name, so that judging an error imports no client library
     "builtins.ConnectionError", "builtins.TimeoutError", "botocore.ConnectionError", "botocore.HTTPClientError",
     "botocore.IncompleteReadError", "botocore.ResponseParserError", "aiohttp.ClientError", "fsspec.FSTimeoutError",
-    "http.IncompleteRead",
+    "http.IncompleteRead", "httpx.TransportError", "httpx2.TransportError",
 }  # fmt: skip
 _CREDENTIALS = {
     "botocore.NoCredentialsError", "botocore.PartialCredentialsError", "botocore.CredentialRetrievalError",
@@ -36,9 +41,15 @@ _CREDENTIALS = {
 
 Result = TypeVar("Result")
 
+log = logging.getLogger(__name__)
+
 
 class StorageError(OSError):
     """Storage that cannot be used: it breaks the job, in one sentence. Running it again goes on from there."""
+
+
+class MissingBucket(StorageError):
+    """The bucket does not exist. Not a FileNotFoundError: nothing in it can be absent, or created."""
 
 
 class TruncatedRead(ConnectionError):
@@ -67,45 +78,76 @@ RETRIES = Retries()  # one for the process, as a metric is
 
 
 def patiently(action: Callable[[], Result], what: str, budget: float | None = None) -> Result:
-    """`action()`, again and again while the weather is bad; `what` names the operation in errors.
+    """`action()`, retried on transient errors with jittered exponential back-off; `what` names it in messages.
 
-    `budget` is in seconds, BUDGET_SECONDS by default. FileNotFoundError and FileExistsError are answers and pass
-    through; what waiting cannot mend is raised at once, as StorageError or PermissionError.
+    `budget` is the seconds that may pass without progress, BUDGET_SECONDS by default. They count from the first
+    failure: what an operation took while it went well is not waiting. They count anew from the failure of an attempt
+    that took longer than _SILENT_SECONDS, at most _RENEWALS times. Once the failing has lasted _SAY_AFTER, a warning
+    is logged. FileNotFoundError and FileExistsError are answers and pass through; what waiting cannot mend is raised
+    at once, as StorageError or PermissionError.
     """
     seconds = BUDGET_SECONDS if budget is None else budget
-    attempts = Retrying(
-        retry=retry_if_exception(is_transient),
-        wait=wait_random_exponential(multiplier=_FIRST_PAUSE, max=_LONGEST_PAUSE),
-        stop=stop_before_delay(seconds),
-        before_sleep=lambda _: RETRIES.add(),
-        reraise=True,
-    )
-    try:
-        return attempts(action)
-    except Exception as error:
-        raise _told(error, what, seconds) from error
+    failing_since: float | None = None
+    limit, renewals, said = _FIRST_PAUSE, 0, False
+    while True:
+        began = time.monotonic()
+        try:
+            return action()
+        except Exception as error:
+            if not is_transient(error):
+                told = _told(error, what)
+                if told is error:
+                    raise
+                raise told from error
+            now = time.monotonic()
+            if failing_since is None:
+                failing_since = now
+            elif now - began > _SILENT_SECONDS and renewals < _RENEWALS:
+                failing_since, renewals = now, renewals + 1
+            pause = random.uniform(0, limit)
+            left = failing_since + seconds - now
+            if pause >= left:
+                raise StorageError(
+                    f"{what}: storage failed again and again for {seconds:g} s; the last error: {error}"
+                ) from error
+            if not said and now - failing_since >= _SAY_AFTER:
+                until = datetime.now() + timedelta(seconds=left)
+                log.warning("%s: storage fails (%s); trying again until %s", what, error, f"{until:%H:%M:%S}")
+                said = True
+        RETRIES.add()
+        time.sleep(pause)
+        limit = min(2 * limit, _LONGEST_PAUSE)
 
 
 def is_transient(error: BaseException) -> bool:
     """True where trying again may help: throttling, timeouts, resets, truncated bodies, server errors."""
-    # s3fs translates botocore's ClientError, in some of its methods without naming the cause.
-    origin = error.__cause__ or error.__context__
-    response = getattr(origin, "response", None) or getattr(error, "response", None)
+    names = _names(error)
+    if isinstance(error, StorageError) or "huggingface_hub.OfflineModeIsEnabled" in names:
+        return False  # whatever caused it
+    response = _response(error)
     if isinstance(response, dict):  # botocore's ClientError, plain or as s3fs translates it
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         return status in _STATUSES or response.get("Error", {}).get("Code") in _CODES
-    return bool(_names(error) & _ERRORS) or getattr(error, "errno", None) == errno.ESTALE
+    status = getattr(response, "status_code", None)  # of the Hugging Face hub's client
+    return status in _STATUSES or bool(names & _ERRORS) or getattr(error, "errno", None) == errno.ESTALE
+
+
+def _response(error: BaseException) -> Any:
+    # s3fs translates botocore's ClientError, in some of its methods without naming the cause.
+    origin = error.__cause__ or error.__context__
+    return getattr(origin, "response", None) or getattr(error, "response", None)
 
 
 def _names(error: BaseException) -> set[str]:
     return {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(error).__mro__}
 
 
-def _told(error: Exception, what: str, seconds: float) -> Exception:
-    if is_transient(error):
-        return StorageError(
-            f"{what}: storage failed again and again for {seconds:g} s; the last error: {error}"
-        )
+def _told(error: Exception, what: str) -> Exception:
+    """An error that waiting cannot mend, as it is told; itself where it says enough."""
+    response = _response(error)
+    if isinstance(response, dict) and response.get("Error", {}).get("Code") == "NoSuchBucket":
+        bucket = response["Error"].get("BucketName", "")
+        return MissingBucket(f"{what}: the bucket {bucket!r} does not exist; create it, or name another one")
     if _names(error) & _CREDENTIALS:
         return PermissionError(f"{what}: storage got no credentials ({error})")
     if isinstance(error, PermissionError):

@@ -12,6 +12,10 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 
 
+# What the installed command does; `-m jobs.cli` would look into the working folder first.
+_MAIN = "import sys; sys.path.remove(''); from jobs.cli import main; sys.exit(main())"
+
+
 @dataclass(frozen=True)
 class Finished:
     code: int
@@ -24,12 +28,12 @@ def environment(**extra: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **extra}
 
 
-def tessera(*arguments: str | Path, timeout: float = 240, **extra: str) -> Finished:
-    """`tessera ARGUMENTS` with `extra` environment variables."""
-    command = [sys.executable, "-m", "jobs.cli", *map(str, arguments)]
+def tessera(*arguments: str | Path, timeout: float = 240, cwd: Path = ROOT, **extra: str) -> Finished:
+    """`tessera ARGUMENTS` from the folder `cwd`, with `extra` environment variables."""
+    command = [sys.executable, "-c", _MAIN, *map(str, arguments)]
     done = subprocess.run(
         command,
-        cwd=ROOT,
+        cwd=cwd,
         env=environment(**extra),
         capture_output=True,
         text=True,
@@ -51,6 +55,7 @@ def options(tmp_path: Path, **changes: object) -> list[str]:
         "output__path": tmp_path / "out",
         "model__path": untrained("llava_onevision"),
         "generation__max_new_tokens": 6,
+        "resources__generate__cpus": 1,  # beside other tests
     }
     return settings(**{**fields, **changes})
 

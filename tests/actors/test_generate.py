@@ -1,6 +1,8 @@
 """Generate: a block of prepared rows becomes a block of captions, row by row what stock `generate` says."""
 
+import ctypes
 from dataclasses import replace
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -111,3 +113,26 @@ def test_a_sampled_row_depends_on_its_identity_not_on_its_batch():
     together = [row["caption"] for row in generate(block).to_pylist()]
     alone = [generate(block.slice(index, 1)).to_pylist()[0]["caption"] for index in range(4)]
     assert together == alone and len(set(together)) > 1
+
+
+def test_the_engine_computes_on_the_threads_it_was_given(monkeypatch):
+    """In the thread that runs its steps: OpenMP counts threads for each thread of a program."""
+    path = untrained("llava_onevision")
+    before = torch.get_num_threads()
+    block = prepared(path, [[picture()]], id=["x"], prompt=["Describe the image."])  # which computes on one
+    try:
+        actor = Generate(replace(generate_config(path), engine="continuous", threads=before + 1))
+        openmp = ctypes.CDLL(str(next(Path(torch.__file__).parent.glob("lib/libgomp*.so*"))))
+        seen = set()
+        step = actor.engine.runner.step
+
+        def counted(chunks):
+            sampled = step(chunks)
+            seen.add((torch.get_num_threads(), openmp.omp_get_max_threads()))
+            return sampled
+
+        monkeypatch.setattr(actor.engine.runner, "step", counted)
+        actor(block)
+        assert seen == {(before + 1, before + 1)}
+    finally:
+        torch.set_num_threads(before)

@@ -6,12 +6,14 @@ Every process of a test cluster starts with tests/chaos/site on its path, which 
 - a file `<point>-<n>` in the folder (see `arm`) is taken by the first process that comes to that point of writing
   a file, which dies there by SIGKILL;
 - every caption made adds a byte to the file `captioned`, so that work done twice can be counted;
-- `no-loading` in the folder kills whoever loads a model.
+- `no-loading` in the folder kills whoever loads a model;
+- with `disk-full` in the folder no journal part fits on the disk any more (local disks).
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import importlib.abc
 import importlib.machinery
 import os
@@ -145,6 +147,8 @@ def _deadly_storage(module: ModuleType, folder: Path) -> None:
     def deadly_rename(rename: Callable[..., None]) -> Callable[..., None]:
         def deadly(source: Any, target: Any, **named: Any) -> None:
             here("inside", str(target))
+            if "/journal/" in str(target) and (folder / "disk-full").exists():
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
             rename(source, target, **named)
 
         return deadly

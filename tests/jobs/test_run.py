@@ -220,6 +220,28 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     assert pq.read_table(tmp_path / "out/data")["caption"].null_count == 0
 
 
+def test_a_full_disk_is_said_in_a_folder_that_has_packages_of_our_names(tmp_path):
+    """On a local Ray of its own, started in somebody's repository; every process of it finds the disk full."""
+    for name in ("pipeline", "actors"):
+        (tmp_path / "repository" / name).mkdir(parents=True)
+        (tmp_path / "repository" / name / "__init__.py").write_text("raise RuntimeError('theirs')")
+    (tmp_path / "faults").mkdir()
+    (tmp_path / "faults/disk-full").touch()
+    write_dataset(tmp_path / "in", rows=3, shards=1, seed=1)
+    done = tessera(
+        "run",
+        ROOT / SPEC,
+        *options(tmp_path),
+        cwd=tmp_path / "repository",
+        PYTHONPATH=f"{ROOT / 'tests/chaos/site'}:{ROOT}",
+        TESSERA_CHAOS=str(tmp_path / "faults"),
+    )
+    assert done.code == 1 and "Traceback" not in done.err
+    said = done.err.splitlines()[-1]
+    assert said.startswith(f"tessera: writing {tmp_path}/out/_tessera/journal/part-"), done.err
+    assert said.endswith(": No space left on device")
+
+
 def test_a_wrong_spec_exits_2_at_once(tmp_path):
     done = tessera("run", SPEC, *options(tmp_path, generation__max_new_tokens=0))
     assert done.code == 2 and "generation.max_new_tokens" in done.err and "Traceback" not in done.err

@@ -1,8 +1,8 @@
-"""Helpers for ledger tests: captioned tables, shards, and a storage that dies on command."""
+"""Helpers for ledger tests: captioned tables, shards, and storages that die or are held up on command."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import pyarrow as pa
 
@@ -68,6 +68,41 @@ class DyingStorage(Storage):
         result = action()
         if death == "after":
             raise Killed
+        return result
+
+
+@dataclass(frozen=True)
+class HeldUpStorage(Storage):
+    """The first request to write or delete a file `below` a folder is held up while `meanwhile` happens. Then it goes
+    out ("late"), or is lost ("reset"), or it goes out and its answer is lost ("lost_reply")."""
+
+    below: str = ""
+    meanwhile: Callable[[], object] = lambda: None
+    end: Literal["late", "reset", "lost_reply"] = "late"
+    held: list[str] = field(default_factory=list)
+
+    def _put(self, path: str, data: bytes) -> None:
+        self._request(path, lambda: Storage._put(self, path, data))
+
+    def _create(self, path: str, data: bytes) -> bool:
+        return self._request(path, lambda: Storage._create(self, path, data))
+
+    def _replace(self, path: str, data: bytes, version: str) -> bool:
+        return self._request(path, lambda: Storage._replace(self, path, data, version))
+
+    def _remove(self, path: str) -> None:
+        self._request(path, lambda: Storage._remove(self, path))
+
+    def _request(self, path: str, request: Callable[[], Result]) -> Result:
+        if self.held or not path.startswith(self.below):
+            return request()
+        self.held.append(path)
+        self.meanwhile()
+        if self.end == "reset":
+            raise ConnectionResetError("reset by peer")
+        result = request()
+        if self.end == "lost_reply":
+            raise ConnectionResetError("reset by peer")
         return result
 
 

@@ -10,7 +10,15 @@ import pytest
 from pipeline.amend import failed_rows, merge_retried
 from pipeline.ledger import RETRY, Ledger
 from pipeline.rows import RowSet
-from tests.pipeline.ledgers import DyingStorage, Killed, captions, run_to_the_end, sealed_bytes, shard
+from tests.pipeline.ledgers import (
+    DyingStorage,
+    HeldUpStorage,
+    Killed,
+    captions,
+    run_to_the_end,
+    sealed_bytes,
+    shard,
+)
 
 A, B = shard("a.parquet", 6), shard("b.parquet", 4)
 
@@ -52,6 +60,17 @@ def test_a_changed_shard_takes_nothing_from_a_retry_of_its_old_version(ledger: L
     ledger.publish(captions(A.name, [4], version="v0", text="second"), RETRY)
     assert merge_retried(ledger, [A, B]) == [A.name]
     assert sealed_bytes(ledger) == before and ledger.retried() == []
+
+
+def test_a_part_that_another_run_published_meanwhile_is_not_deleted_unmerged(ledger: Ledger) -> None:
+    """A run that is held up before it deletes its part of row 4 wakes when another has captioned that row."""
+    ledger.publish(captions(A.name, [4], failed=[4]), RETRY)
+    second = captions(A.name, [4], text="second")
+    held_up = HeldUpStorage(ledger.storage.url, RETRY, lambda: ledger.publish(second, RETRY))
+    merge_retried(Ledger(held_up), [A, B])
+    assert len(ledger.retried()) == len(held_up.held) == 1
+    merge_retried(ledger, [A, B])
+    assert rows(ledger, A.name)[4]["caption"] == "second 4" and ledger.retried() == []
 
 
 def test_killed_anywhere_the_next_one_merges_the_rest(tmp_path: Path) -> None:

@@ -2,23 +2,34 @@
 
 import pytest
 
-from pipeline.cluster import Capacity, ClusterError, preflight, required
+from pipeline.cluster import Capacity, ClusterError, preflight, required, with_generate_cpus
 from pipeline.spec import ResourcesSpec
 
 
-def resources(preprocess=(1, 4), cpus=1.0, generate=(1, 8), gpus=1.0) -> ResourcesSpec:
-    return ResourcesSpec.model_validate(
+def resources(
+    preprocess=(1, 4), cpus=1.0, generate=(1, 8), gpus=1.0, generate_cpus=None, cores=1
+) -> ResourcesSpec:
+    spec = ResourcesSpec.model_validate(
         {
             "preprocess": {"replicas": preprocess, "cpus": cpus},
-            "generate": {"replicas": generate, "gpus": gpus},
+            "generate": {"replicas": generate, "gpus": gpus, "cpus": generate_cpus},
         }
     )
+    return with_generate_cpus(spec, cores)
 
 
-def test_a_gpu_actor_takes_no_cpu_and_a_cpu_one_takes_one():
+def test_a_gpu_actor_takes_no_cpu_and_a_cpu_one_all_it_can_get():
     assert required(resources()) == (2, 1)
     assert required(resources(gpus=0)) == (3, 0)
     assert required(resources(preprocess=(3, 3), cpus=2, generate=(2, 2), gpus=0.5)) == (7, 1)
+    assert required(resources(gpus=0, cores=16)) == (18, 0)
+    assert required(resources(generate=(3, 3), gpus=0, cores=16)) == (2 + 3 * 5, 0)
+    assert required(resources(generate=(3, 3), gpus=0, cores=-1)) == (2 + 3, 0)
+
+
+def test_what_the_spec_says_of_cpus_holds():
+    assert required(resources(generate_cpus=2, cores=16)) == (4, 1)
+    assert required(resources(gpus=0, generate_cpus=4, cores=16)) == (6, 0)
 
 
 def test_what_fits_passes():

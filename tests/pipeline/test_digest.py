@@ -83,7 +83,7 @@ def test_what_lies_behind_a_null_has_no_part_in_it() -> None:
 def test_every_kind_of_value_has_a_part_in_it(name: str) -> None:
     column = pa.table({name: COLUMNS[name]})
     other = np.arange(ROWS)
-    other[1] = 6 if name != "number" else 0
+    other[1] = 2 if name != "number" else 0
     for changed in (other, np.where(np.arange(ROWS) == 1, 3, np.arange(ROWS))):  # a value, a null
         assert row_digests(column.take(changed)) != row_digests(column)
 

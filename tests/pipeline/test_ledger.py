@@ -16,6 +16,7 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from actors.columns import RESULT_SCHEMA
+from pipeline.amend import merge_retried
 from pipeline.columns import sealed_schema
 from pipeline.entries import Stats, decode, to_parquet
 from pipeline.files import in_parallel
@@ -105,11 +106,22 @@ def test_law_1_under_sigkill(tmp_path: Path) -> None:
 
 def test_law_2_publishing_is_idempotent(ledger: Ledger) -> None:
     first = ledger.publish(captions(A.name, [1, 2, 7]))
-    assert ledger.publish(captions(A.name, [7, 1, 2])) == first
+    assert ledger.publish(captions(A.name, [1, 2, 7])) == first
     assert ledger.publish(captions(A.name, [1, 2, 7], version="v2")) != first
     assert ledger.publish(captions(B.name, [1, 2, 7])) != first
     assert len(journal(ledger)) == 3
     assert ledger.plan([A]).stats.rows == 3
+
+
+def test_law_2_a_block_that_fails_when_it_runs_again_replaces_no_captions(ledger: Ledger) -> None:
+    both = {
+        ledger.publish(captions(B.name, range(5))),
+        ledger.publish(captions(B.name, range(5), failed=[1])),
+    }
+    assert set(journal(ledger)) == both and len(both) == 2
+    assert ledger.plan([B]).rows_done == 5
+    assert ledger.seal(B, KEPT).failed == 0
+    assert set(ledger.sweep([B])) == both
 
 
 def test_law_2_retried_and_speculative_writers_race(ledger: Ledger) -> None:
@@ -120,13 +132,13 @@ def test_law_2_retried_and_speculative_writers_race(ledger: Ledger) -> None:
 
 
 def test_law_4_sealing_is_idempotent(ledger: Ledger) -> None:
-    ledger.publish(captions(B.name, range(5)))
+    parts = [ledger.publish(captions(B.name, range(5)))]
     stats = ledger.seal(B, KEPT)
     before = sealed_bytes(ledger)
     late = captions(B.name, range(5), text="late")  # a speculative writer that lost
-    parts = [ledger.publish(late)]
+    parts.append(ledger.publish(late))
     assert ledger.seal(B, KEPT) == stats
-    assert ledger.sweep([B]) == parts
+    assert ledger.sweep([B]) == sorted(parts)
     assert ledger.seal(B, KEPT, parts) == stats
     assert sealed_bytes(ledger) == before
 
@@ -261,13 +273,28 @@ def test_law_8_one_output_holds_the_captions_of_one_spec(ledger: Ledger) -> None
 def test_law_9_success_is_last_and_only_for_a_verified_output(ledger: Ledger) -> None:
     with pytest.raises(ValueError, match="verified"):
         ledger.write_success(ledger.verify([B]))
-    assert not ledger.succeeded()
+    assert not ledger.storage.exists("_SUCCESS")
     run_to_the_end(ledger, [B], [captions(B.name, range(5))])
+    assert not ledger.succeeded(ledger.plan([B]))
     ledger.write_success(ledger.verify([B]))
-    assert ledger.succeeded()
+    assert ledger.succeeded(ledger.plan([B]))
     ledger.clear_success()
     ledger.clear_success()
-    assert not ledger.succeeded()
+    assert not ledger.succeeded(ledger.plan([B]))
+
+
+def test_law_9_a_mark_that_does_not_count_what_the_files_hold_is_no_mark(ledger: Ledger) -> None:
+    run_to_the_end(ledger, [B], [captions(B.name, range(5), failed=[1])])
+    ledger.write_success(ledger.verify([B]))
+    assert ledger.succeeded(ledger.plan([B])) and not ledger.succeeded(ledger.plan([A, B]))
+    ledger.publish(captions(B.name, [1]), RETRY)
+    merge_retried(ledger, [B])
+    assert not ledger.succeeded(ledger.plan([B]))
+    ledger.write_success(ledger.verify([B]))
+    assert ledger.succeeded(ledger.plan([B]))
+    for other in (b"", b"0", b"{}"):  # as other tools write it
+        ledger.storage.put_atomic("_SUCCESS", other)
+        assert not ledger.succeeded(ledger.plan([B]))
 
 
 def test_verification_finds_what_does_not_belong(ledger: Ledger) -> None:

@@ -41,3 +41,36 @@ def test_the_cause_is_found_in_a_remote_traceback():
 
 def test_an_exception_without_text_is_named():
     assert root_cause(KeyError()) == "KeyError"
+
+
+UDF = (
+    "ray.exceptions.UserCodeException: UDF failed to process a data block.\nFailed to apply UDF transform.\n"
+)
+CHAINED = "\nThe above exception was the direct cause of the following exception:\n\n"
+
+
+def in_a_batch(*raised: str) -> Wrapped:
+    """What Ray Data makes of exceptions in an actor's batch: none of them but as text."""
+    frames = (
+        'ray::MapWorker(MapBatches(Generate)).submit() (pid=7)\n  File "/x/stages.py", line 3, in __call__\n'
+    )
+    text = CHAINED.join([*(f"{frames}    code()\n    ^^^^\n{each}\n" for each in raised), UDF])
+    return Wrapped(text, Wrapped(UDF.removeprefix("ray.exceptions.UserCodeException: ")))
+
+
+def test_the_cause_is_found_where_a_batch_failed():
+    full = (
+        "pipeline.weather.StorageError: writing /out/_tessera/journal/part-1.parquet: No space left on device"
+    )
+    assert (
+        root_cause(in_a_batch("OSError: [Errno 28] No space left on device", full)) == full.partition(": ")[2]
+    )
+    assert (
+        root_cause(in_a_batch("OSError: [Errno 28] No space left\nmore: of it")) == "[Errno 28] No space left"
+    )
+    assert root_cause(in_a_batch("torch.OutOfMemoryError: 2 GiB")) == "OutOfMemoryError: 2 GiB"
+
+
+def test_a_bug_in_a_batch_is_told_with_its_place():
+    assert root_cause(in_a_batch("KeyError: 'k'")) == "KeyError: 'k', in __call__ (stages.py:3)"
+    assert root_cause(in_a_batch("AssertionError")) == "AssertionError, in __call__ (stages.py:3)"

@@ -89,18 +89,19 @@ def test_law_3_any_partition_order_repeat_and_kill_seals_to_the_same_bytes(
 
 def test_law_3_a_caption_beats_an_error_then_the_first_part_wins(ledger: Ledger) -> None:
     one = shard("a.parquet", 3)
-    paths = {ledger.publish(captions("a.parquet", rows)): rows for rows in ([0, 1], [1, 2])}
+    paths = {
+        ledger.publish(captions("a.parquet", rows, text=text)): text
+        for rows, text in (([0, 1], "one"), ([1, 2], "two"))
+    }
     first, second = (paths[path] for path in sorted(paths))
-    ledger.publish(captions("a.parquet", first, text="first"))
-    ledger.publish(captions("a.parquet", second, text="second"))
     ledger.seal(one, KEPT)
     read = pq.read_table(pa.BufferReader(ledger.storage.read("data/a.parquet")))
-    assert read["caption"][1].as_py() == "first 1"
-    ledger.storage.delete(["data/a.parquet"])
-    ledger.publish(captions("a.parquet", first, text="first", failed=[1]))
+    assert read["caption"][1].as_py() == f"{first} 1"
+    ledger.storage.delete(["data/a.parquet", min(paths)])
+    ledger.publish(captions("a.parquet", [0, 1, 2], failed=[1]))
     stats = ledger.seal(one, KEPT)
     read = pq.read_table(pa.BufferReader(ledger.storage.read("data/a.parquet")))
-    assert read["caption"][1].as_py() == "second 1"
+    assert read["caption"][1].as_py() == f"{second} 1"
     assert stats.failed == 0
 
 

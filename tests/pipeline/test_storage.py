@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.files import in_parallel
 from pipeline.storage import Storage, StoragePathError
+from tests.pipeline.ledgers import HeldUpStorage
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -46,14 +47,14 @@ def test_s3_deletes_a_thousand_keys_in_a_request(s3_url: str, monkeypatch: pytes
     for name in ("a/1", "a/2 [x]*&.bin"):
         storage.put_atomic(name, b"x")
     calls: list[int] = []
-    call_s3 = type(storage.filesystem)._call_s3
+    call_s3 = type(storage.filesystem).call_s3
 
-    async def counted(self: object, method: str, *args: object, **kwargs: Any) -> Any:
+    def counted(self: object, method: str, **kwargs: Any) -> Any:
         if method == "delete_objects":
             calls.append(len(kwargs["Delete"]["Objects"]))
-        return await call_s3(self, method, *args, **kwargs)
+        return call_s3(self, method, **kwargs)
 
-    monkeypatch.setattr(type(storage.filesystem), "_call_s3", counted)
+    monkeypatch.setattr(type(storage.filesystem), "call_s3", counted)
     storage.delete(["a/1", "a/2 [x]*&.bin", *(f"gone/{number}" for number in range(1200))])
     assert sorted(calls) == [202, 1000]
     assert storage.list() == []
@@ -67,15 +68,15 @@ def test_a_key_that_s3_could_not_delete_is_no_success(
     storage = Storage(s3_url)
     for name in ("a", "b"):
         storage.put_atomic(name, b"x")
-    call_s3 = type(storage.filesystem)._call_s3
+    call_s3 = type(storage.filesystem).call_s3
     refused = [{"Key": "a", "Code": code, "Message": "not now"}]
 
-    async def refusing(self: object, method: str, *args: object, **kwargs: Any) -> Any:
+    def refusing(self: object, method: str, **kwargs: Any) -> Any:
         if method == "delete_objects" and refused:
             return {"Errors": [refused.pop()]}
-        return await call_s3(self, method, *args, **kwargs)
+        return call_s3(self, method, **kwargs)
 
-    monkeypatch.setattr(type(storage.filesystem), "_call_s3", refusing)
+    monkeypatch.setattr(type(storage.filesystem), "call_s3", refusing)
     if kind:
         with pytest.raises(kind, match="not now"):
             storage.delete(["a", "b"])
@@ -119,6 +120,23 @@ def test_a_file_is_swapped_only_for_the_version_that_was_read(storage: Storage) 
     assert not storage.put_if("x", b"three", version)
     with pytest.raises(FileNotFoundError):
         storage.read_version("x")
+
+
+def test_every_attempt_of_a_write_asks_the_guard_and_its_refusal_is_final(storage: Storage) -> None:
+    asked: list[str] = []
+
+    def guard() -> None:
+        asked.append("may I?")
+        if len(asked) == 4:
+            raise RuntimeError("no more")
+
+    guarded = HeldUpStorage(storage.url, end="reset", guard=guard)
+    guarded.put_atomic("x", b"1")
+    assert guarded.read("x") == b"1" and len(asked) == 2  # once for the attempt that was reset
+    assert not guarded.create_exclusive("x", b"2") and len(asked) == 3
+    with pytest.raises(RuntimeError, match="no more"):
+        guarded.delete(["x"])
+    assert len(asked) == 4 and guarded.exists("x")
 
 
 def test_storage_travels(storage: Storage) -> None:

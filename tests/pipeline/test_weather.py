@@ -2,7 +2,9 @@
 
 import errno
 import io
+import logging
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,13 +14,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from jobs.cli import main
 from pipeline import weather
+from pipeline.ledger import Ledger
 from pipeline.rows import RowSet
-from pipeline.shards import discover
+from pipeline.shards import InputError, discover
 from pipeline.source import ShardWork, read_shard
-from pipeline.spec import parse_spec
+from pipeline.spec import JobSpec, SpecError, parse_spec
 from pipeline.storage import Storage
-from pipeline.weather import RETRIES, PatientFile, StorageError, is_transient, patiently
+from pipeline.weather import RETRIES, MissingBucket, PatientFile, StorageError, is_transient, patiently
 from tests.chaos.proxy import Weather, bad_weather
 
 
@@ -51,6 +55,83 @@ def test_the_budget_ends_it_with_the_last_error(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(StorageError, match=r"reading x: storage failed .* for 0.2 s; .*reset by peer"):
         patiently(action, "reading x", budget=0.2)
     assert RETRIES.take() > 2
+
+
+class Clock:
+    """In place of the module `time`: nothing waits, and an operation takes as long as it says."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(weather, "time", self)
+        monkeypatch.setattr(weather, "BUDGET_SECONDS", 120.0)
+        monkeypatch.setattr(weather, "_FIRST_PAUSE", 0.2)
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def test_time_that_went_well_is_not_waiting(clock: Clock) -> None:
+    """A listing that fails after minutes, and once more close to its end, is still tried again."""
+    lasts = [150.0, 1.0, 100.0, 1.0, 150.0]
+
+    def action() -> str:
+        clock.now += lasts.pop(0)
+        if lasts:
+            raise ConnectionResetError
+        return "done"
+
+    assert patiently(action, "listing x") == "done" and RETRIES.take() == 4
+
+
+@pytest.mark.parametrize(("lasts", "most"), [(0.0, 120.0), (15.0, 150.0), (180.0, 7 * 180.0 + 6 * 15.0)])
+def test_failing_for_ever_ends_however_long_an_attempt_takes(clock: Clock, lasts: float, most: float) -> None:
+    def action() -> None:
+        clock.now += lasts
+        raise ConnectionResetError("reset by peer")
+
+    with pytest.raises(StorageError, match=r"for 120 s; .*reset by peer"):
+        patiently(action, "reading x")
+    assert 90 <= clock.now <= most and RETRIES.take() >= 6
+
+
+def test_what_was_tried_long_enough_inside_is_not_tried_again_outside(clock: Clock) -> None:
+    calls: list[int] = []
+
+    def action() -> None:
+        calls.append(1)
+        throttled = OSError("slow down")
+        throttled.__cause__ = type("Throttled", (Exception,), {"response": {"Error": {"Code": "SlowDown"}}})()
+        patiently(lambda: (_ for _ in ()).throw(throttled), "reading the lease")
+
+    with pytest.raises(StorageError, match="^reading the lease"):
+        patiently(action, "writing x")
+    assert len(calls) == 1 and clock.now <= 120
+
+
+def test_people_are_told_what_is_waited_for_and_until_when(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    def until(end: float) -> None:
+        if clock.now < end:
+            raise ConnectionRefusedError("connection refused")
+
+    patiently(lambda: until(4.0), "reading s3://bucket/x")
+    assert caplog.messages == []  # a few seconds are nobody's business
+    patiently(lambda: until(100.0), "reading s3://bucket/x")
+    (said,) = caplog.messages
+    assert re.fullmatch(
+        r"reading s3://bucket/x: storage fails \(connection refused\); trying again until \d\d:\d\d:\d\d",
+        said,
+    )
+    assert caplog.records[0].levelno == logging.WARNING  # which Python prints where nothing is configured
 
 
 @pytest.mark.parametrize(
@@ -102,8 +183,10 @@ class BadLine:
 
     def __init__(self) -> None:
         self.faults: list[Weather | None] = []
+        self.requests = 0
 
     def __call__(self, request: str) -> Weather | None:
+        self.requests += 1
         return self.faults.pop(0) if self.faults else None
 
 
@@ -142,6 +225,62 @@ def test_a_bad_line_costs_retries_and_nothing_else(line: BadLine, bucket: str, f
         line.faults = [fault]
         assert [info.path for info in storage.list()] == ["x", "y"]
         assert RETRIES.take() <= 2
+
+
+def test_a_page_of_a_listing_that_fails_costs_a_page(
+    line: BadLine, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = Storage(f"s3://{bucket}/out")
+    names = [f"part {number} [x].parquet" for number in range(7)]
+    for name in names:
+        storage.put_atomic(f"j/{name}", name.encode())
+    monkeypatch.setattr(storage.filesystem, "req_kw", {"MaxKeys": 2})
+    line.faults, line.requests = [None, "throttle", None, None, "throttle"], 0
+    listed = storage.list("j")
+    assert [info.path for info in listed] == [f"j/{name}" for name in names]
+    assert line.requests == 4 + 2 and RETRIES.take() == 2
+    assert storage.read_version(listed[3].path) == (names[3].encode(), listed[3].token)
+
+
+def job(path: str, output: str) -> JobSpec:
+    return parse_spec({"input": {"path": path}, "model": {"path": "m"}, "output": {"path": output}})
+
+
+def test_a_missing_bucket_is_named_with_its_field(s3_url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in ("s3://no-such-bucket/in", "s3://no-such-bucket/in/*.parquet"):
+        with pytest.raises(InputError, match=r"^input\.path: .*the bucket 'no-such-bucket' does not exist"):
+            discover(job(path, s3_url).input)
+    spec = job(s3_url, "s3://no-such-bucket/out")
+    with pytest.raises(SpecError, match=r"^output\.path: .*the bucket 'no-such-bucket' does not exist"):
+        Ledger(spec.output.path).check(spec)
+    with pytest.raises(MissingBucket):
+        Storage("s3://no-such-bucket").list()
+    assert main(["status", "s3://no-such-bucket/out"]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "the bucket 'no-such-bucket' does not exist" in said
+    assert RETRIES.take() == 0
+
+
+def test_the_hub_out_of_reach_is_weather_and_offline_mode_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from huggingface_hub import HfFileSystem, constants
+
+    monkeypatch.setattr(weather, "BUDGET_SECONDS", 0.3)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
+    HfFileSystem.clear_instance_cache()
+    spec = tmp_path / "job.yaml"
+    spec.write_text("{input: {path: 'hf://datasets/x/y'}, model: {path: m}, output: {path: out}}")
+    assert main(["verify", str(spec)]) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "reading hf://datasets/x/y: storage failed again and again" in said and RETRIES.take() > 0
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert main(["verify", str(spec)]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "input.path: hf://datasets/x/y cannot be read" in said and "offline" in said
+    assert RETRIES.take() == 0
+    HfFileSystem.clear_instance_cache()
 
 
 def test_a_conditional_write_whose_answer_was_lost_is_known_as_our_own(line: BadLine, bucket: str) -> None:
