@@ -17,6 +17,7 @@ TOKEN_IDS = "_token_ids"  # list<int32>
 PIXELS = "_pixels"  # large_binary: uint8 [sum of tiles, *tile_shape] in C order
 SIZES = "_sizes"  # list<list<int32>>: (height, width) of each image, (frames, height, width) of a video
 ERROR = "error"
+READ = "read"  # the kind of error of a row that its shard does not yield (errors.py has all kinds)
 
 ERROR_TYPE = pa.struct([("kind", pa.string()), ("stage", pa.string()), ("message", pa.string())])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-ErrorKind = Literal["fetch", "decode", "too_large", "prompt", "too_long", "oom", "generate", "crash"]
+ErrorKind = Literal["read", "fetch", "decode", "too_large", "prompt", "too_long", "oom", "generate", "crash"]
 
 
 class RowError(Exception):

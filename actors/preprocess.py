@@ -95,14 +95,15 @@ class Preprocess:
         return self._guard.run(block, self._preprocess)
 
     def _preprocess(self, block: pa.Table) -> pa.Table:
-        values = {name: block[name].to_pylist() for name in self.config.prompt_columns}
+        columns = {name: block[name] for name in self.config.prompt_columns}
         images, videos, errors = block[IMAGES], block[VIDEO], block[ERROR].to_pylist()
         rows: list[_Prepared | None] = []
         for index in range(block.num_rows):
             prepared = None
             if errors[index] is None:
-                row = {name: column[index] for name, column in values.items()}
                 try:
+                    # Here, because a damaged date may be none that Python knows.
+                    row = {name: column[index].as_py() for name, column in columns.items()}
                     prepared = self._prepare(_buffers(images[index]), _buffers(videos[index]), row)
                 except RowError as error:
                     errors[index] = error_value(error.kind, "preprocess", error.message)

@@ -1,7 +1,7 @@
 """`tessera`: the command line. Every command is a thin call into `pipeline`.
 
-Exit codes: 0 done, 1 the job broke, 2 the job spec is wrong (or the arguments are), 3 done but more rows failed
-than `limits.max_failed_fraction` allows, 4 another run holds the output (or took it over), 5 stopped by SIGTERM,
+Exit codes: 0 done, 1 the job broke, 2 the job spec is wrong (or the arguments are), 3 done but more rows or shards
+failed than `limits` allows, 4 another run holds the output (or took it over), 5 stopped by SIGTERM,
 130 by Ctrl-C. Each but 0 comes with one sentence on standard error.
 """
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pipeline.outcome import Outcome
     from pipeline.spec import JobSpec
 
-OK, BROKEN, BAD_SPEC, TOO_MANY_ERRORS, HELD, STOPPED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
+OK, BROKEN, BAD_SPEC, TOO_MANY_FAILED, HELD, STOPPED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -130,13 +130,8 @@ def retry_job(options: argparse.Namespace) -> int:
 
 def _told(spec: JobSpec, outcome: Outcome) -> int:
     print(outcome.describe())
-    if outcome.failed_fraction > spec.limits.max_failed_fraction:
-        return _fail(
-            TOO_MANY_ERRORS,
-            f"{outcome.errors:,} of {outcome.rows:,} rows failed ({outcome.failed_fraction:.1%}), more than "
-            f"limits.max_failed_fraction={spec.limits.max_failed_fraction:g} allows; all captions are in the output",
-        )
-    return OK
+    failure = outcome.failure(spec.limits)
+    return _fail(TOO_MANY_FAILED, failure) if failure else OK
 
 
 def _status(options: argparse.Namespace) -> int:
@@ -150,12 +145,18 @@ def _status(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from pipeline.job import load_job
     from pipeline.ledger import Ledger
+    from pipeline.outcome import shards_told
     from pipeline.shards import discover
 
     spec = load_job(options.spec, options.set)
-    verification = Ledger(spec.output.path).verify(discover(spec.input))
+    found = discover(spec.input)
+    verification = Ledger(spec.output.path).verify(found.shards, found.unreadable)
     print(verification.describe())
-    return OK if verification.ok else BROKEN
+    if not verification.ok:
+        return BROKEN
+    if len(found.unreadable) > spec.limits.max_failed_shards:
+        return _fail(TOO_MANY_FAILED, shards_told(found.unreadable))
+    return OK
 
 
 def _report(options: argparse.Namespace) -> int:

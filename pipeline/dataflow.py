@@ -25,15 +25,17 @@ import pyarrow as pa
 
 from pipeline.amend import failed_rows, merge_retried
 from pipeline.columns import job_schema, needed_columns
+from pipeline.damage import failed_shards
 from pipeline.entries import Stats
 from pipeline.files import absolute
 from pipeline.lease import Fence
 from pipeline.ledger import JOURNAL, RETRY, Ledger
 from pipeline.outcome import JobError, Outcome
+from pipeline.overlap import refuse_other_dataset, refuse_overlap
 from pipeline.progress import Display, Progress
 from pipeline.sealing import Sealing
 from pipeline.session import Session, open_session
-from pipeline.shards import Shard, discover
+from pipeline.shards import Input, Shard, discover
 from pipeline.spec import JobSpec
 from pipeline.state import Plan, Verification
 from pipeline.weather import RETRIES
@@ -63,14 +65,13 @@ def run(spec: JobSpec, show: Display, take_over: bool = False) -> Outcome:
     `take_over`), ClusterError where it cannot be placed, JobError, LeaseLost or Stopped for one that ended early;
     whatever was published by then is kept.
     """
-    show.phase("looking at input and output")
-    shards = discover(spec.input)
-    kept = job_schema(spec, shards)
-    ledger = Ledger(spec.output.path)
-    ledger.check(spec)
-    if ledger.succeeded(ledger.plan(shards)) and not ledger.retried():
-        verification = verified(ledger, shards, show)
-        return Outcome.of(spec, verification)  # nothing is written, so no lease is needed
+    found, kept, ledger = _looked_at(spec, show)
+    shards = found.shards
+    plan = ledger.plan(shards)
+    if not found.unreadable and ledger.succeeded(plan) and not ledger.retried():
+        verification = verified(ledger, found, show)
+        failed = failed_shards(ledger, found, plan)
+        return Outcome.of(spec, found, verification, failed)  # nothing is written, so no lease is needed
     with open_session(spec, take_over, show) as session:
         ledger = session.ledger
         ledger.bind(spec)
@@ -84,12 +85,14 @@ def run(spec: JobSpec, show: Display, take_over: bool = False) -> Outcome:
             ledger.seal(state.shard, kept, state.parts)
         merge_retried(ledger, shards)
         ledger.sweep(shards)
-        verification = verified(ledger, shards, show)
-        ledger.write_success(verification)
+        verification = verified(ledger, found, show)
+        _mark(ledger, verification)
         stats = verification.stats
         outcome = Outcome.of(
             spec,
+            found,
             verification,
+            failed_shards(ledger, found, ledger.plan(shards)),
             captioned=stats.rows - plan.rows_done,
             generated_tokens=stats.generated_tokens - plan.stats.generated_tokens,
             seconds=session.seconds,
@@ -101,10 +104,8 @@ def run(spec: JobSpec, show: Display, take_over: bool = False) -> Outcome:
 
 def retry(spec: JobSpec, kinds: Collection[str], show: Display, take_over: bool = False) -> Outcome:
     """Tries the error rows of some kinds again and amends their sealed shards; raises as `run` does."""
-    show.phase("looking at input and output")
-    shards = discover(spec.input)
-    kept = job_schema(spec, shards)
-    Ledger(spec.output.path).check(spec)
+    found, kept, _ = _looked_at(spec, show)
+    shards = found.shards
     with open_session(spec, take_over, show) as session:
         ledger = session.ledger
         merge_retried(ledger, shards)  # what a killed retry had done already
@@ -118,10 +119,16 @@ def retry(spec: JobSpec, kinds: Collection[str], show: Display, take_over: bool 
             generate(spec, session, work, kept, RETRY, lambda: _show_retried(session, total))
             show.phase("amending sealed shards")
             merge_retried(ledger, shards)
-        verification = verified(ledger, shards, show)
-        ledger.write_success(verification)
+        verification = verified(ledger, found, show)
+        _mark(ledger, verification)
         outcome = Outcome.of(
-            spec, verification, captioned=total, seconds=session.seconds, storage_retries=session.retries()
+            spec,
+            found,
+            verification,
+            failed_shards(ledger, found, ledger.plan(shards)),
+            captioned=total,
+            seconds=session.seconds,
+            storage_retries=session.retries(),
         )
         session.record = outcome.record()
         return outcome
@@ -141,13 +148,33 @@ def _show_retried(session: Session, total: int) -> None:
     session.record = progress.record()
 
 
-def verified(ledger: Ledger, shards: Sequence[Shard], show: Display) -> Verification:
+def _looked_at(spec: JobSpec, show: Display) -> tuple[Input, pa.Schema, Ledger]:
+    """The input, the schema of its kept columns and the output; raises what speaks against the job."""
+    show.phase("looking at input and output")
+    found = discover(spec.input)
+    refuse_overlap(spec, found)
+    kept = job_schema(spec, found.shards)
+    ledger = Ledger(spec.output.path)
+    ledger.check(spec)
+    refuse_other_dataset(spec, found, ledger)
+    return found, kept, ledger
+
+
+def verified(ledger: Ledger, found: Input, show: Display) -> Verification:
     """The recount of an output that should be complete, by its footers; JobError if it is not."""
     show.phase("verifying")
-    verification = ledger.verify(shards, footers_only=True)
+    verification = ledger.verify(found.shards, found.unreadable, footers_only=True)
     if not verification.ok:
         raise JobError(f"the output at {ledger.storage.url} is {verification.describe()}")
     return verification
+
+
+def _mark(ledger: Ledger, verification: Verification) -> None:
+    """`_SUCCESS` says that every row of the input is there: not while a shard cannot be read."""
+    if verification.unreadable:
+        ledger.clear_success()
+    else:
+        ledger.write_success(verification)
 
 
 def dataset(
@@ -244,7 +271,7 @@ def _seal(ledger: Ledger, kept: pa.Schema, shard: Shard, parts: Sequence[str]) -
 
 def _discard(ledger: Ledger, parts: Sequence[str]) -> int:
     """Deletes settled parts, somewhere on the cluster; returns how often storage was tried again."""
-    ledger.discard(parts)
+    ledger.storage.delete(parts)
     return RETRIES.take()
 
 

@@ -24,6 +24,8 @@ class NotParquetError(ValueError):
 
 def read_footer(filesystem: "AbstractFileSystem", path: str, size: int) -> pq.FileMetaData:
     """The metadata of a parquet file of `size` bytes; raises NotParquetError or OSError."""
+    if not size:
+        raise NotParquetError("is empty (0 bytes)")
     tail = read_range(filesystem, path, max(0, size - TAIL_BYTES), size)
     if len(tail) < 12 or tail[-4:] != b"PAR1":
         raise NotParquetError("is not a parquet file, or is cut off")
@@ -33,6 +35,17 @@ def read_footer(filesystem: "AbstractFileSystem", path: str, size: int) -> pq.Fi
     if needed > len(tail):
         tail = read_range(filesystem, path, size - needed, size)
     try:
-        return pq.read_metadata(pa.BufferReader(tail))
+        footer = pq.read_metadata(pa.BufferReader(tail))
+        groups = [footer.row_group(index).num_rows for index in range(footer.num_row_groups)]
     except (pa.ArrowException, OSError) as error:
-        raise NotParquetError(f"has a damaged parquet footer ({error})") from None
+        raise NotParquetError(f"has a damaged parquet footer ({one_line(error)})") from None
+    if footer.num_rows != sum(groups) or min(groups, default=0) < 0:
+        raise NotParquetError(
+            f"has a damaged parquet footer ({footer.num_rows:,} rows, and {sum(groups):,} in its row groups)"
+        )
+    return footer
+
+
+def one_line(error: BaseException) -> str:
+    """What pyarrow says, which may take several lines, as part of a sentence."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -27,8 +27,9 @@ The laws (each has a test of its name):
 6. A changed input shard is a new shard: rows of its old version count for nothing.
 7. Planning reads footers only, each of them once; so does the recount that a run ends with.
 8. One output holds one spec's captions: a run whose captions would differ is refused.
-9. `_SUCCESS` is written last, and only for a verified output; it goes before new work starts. A run that lost
-   its lease while it wrote the mark takes it back, and a mark that does not count what the files hold is no mark.
+9. `_SUCCESS` is written last, only for a verified output, and while no shard of the input is unreadable; it goes
+   before new work starts. A run that lost its lease while it wrote the mark takes it back, and a mark that does
+   not count what the files hold is no mark.
 10. Only the run that holds the lease writes: every attempt of every write begins with a look at it (lease.py says
     what can happen between the look and the write).
 11. A sealed file proves its rows. It is written only from every row of its shard, once and in order, and its footer
@@ -54,7 +55,7 @@ from pipeline.identity import identity_record, mismatch
 from pipeline.lease import Fence, LeaseLost
 from pipeline.merge import SealError, altered_rows, merged_file, part_rows
 from pipeline.rows import RowSet
-from pipeline.shards import Shard, output_name
+from pipeline.shards import FailedShard, Shard, output_name
 from pipeline.spec import JobSpec, SpecError
 from pipeline.state import Plan, Published, Scan, Verification, plan_of, verification_of
 from pipeline.storage import Storage
@@ -125,9 +126,9 @@ class Ledger:
         listed = [info for info in self.storage.list(RETRY) if info.path.endswith(".parquet")]
         return [part for part in in_parallel(self._look, listed) if part]
 
-    def plan(self, shards: Sequence[Shard]) -> Plan:
+    def plan(self, shards: Sequence[Shard], unreadable: Sequence[FailedShard] = ()) -> Plan:
         """How far the job is, and what there is to do: the one answer for resuming, progress and status."""
-        return plan_of(shards, self.scan())
+        return plan_of(shards, self.scan(), unreadable)
 
     def seal(self, shard: Shard, kept: pa.Schema, parts: Sequence[str] | None = None) -> Stats:
         """Merges a shard's parts into its sealed file (laws 3 and 4); returns the statistics of its rows.
@@ -172,16 +173,14 @@ class Ledger:
         `shards` is the input as it is now: parts of a version that was replaced are of no use either.
         """
         settled = self.plan(shards).settled
-        self.discard(settled)
+        self.storage.delete(settled)
         for folder in ("_tessera", DATA):
             self.storage.delete_temporary(folder)
         return list(settled)
 
-    def discard(self, parts: Sequence[str]) -> None:
-        """Deletes parts that a plan calls settled."""
-        self.storage.delete(parts)
-
-    def verify(self, shards: Sequence[Shard], footers_only: bool = False) -> Verification:
+    def verify(
+        self, shards: Sequence[Shard], unreadable: Sequence[FailedShard] = (), *, footers_only: bool = False
+    ) -> Verification:
         """Counts rows in against rows out, from the files alone; nothing that was read before is trusted.
 
         Reads every sealed row and holds it against the digests in its file's footer (law 11), a row group at a time
@@ -189,7 +188,8 @@ class Ledger:
         """
         self._seen = {}
         scan = self.scan()
-        return verification_of(shards, scan, {} if footers_only else self._altered(shards, scan))
+        altered = {} if footers_only else self._altered(shards, scan)
+        return verification_of(shards, scan, unreadable, altered)
 
     def _altered(self, shards: Sequence[Shard], scan: Scan) -> dict[str, RowSet]:
         """By shard, the rows of sealed files that differ from what was sealed; of files with as many rows as that."""
@@ -257,8 +257,8 @@ class Ledger:
 
     def write_success(self, verification: Verification) -> None:
         """Marks the output complete (law 9); leaves no mark of its own where it raises LeaseLost."""
-        if not verification.ok:
-            raise ValueError("only a verified output is marked complete")
+        if not verification.ok or verification.unreadable:
+            raise ValueError("only a verified output of the whole input is marked complete")
         data = _to_json({**_counts(verification.stats), "run": self._run})
         try:
             while not self._swap(SUCCESS, data, self._mark()[1]):

@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.entries import Stats
-from pipeline.spec import JobSpec
+from pipeline.shards import FailedShard, Input
+from pipeline.spec import JobSpec, LimitsSpec
 from pipeline.state import Verification
+
+_NAMED = 3  # failed shards in a message; the run's record has them all
 
 
 class JobError(RuntimeError):
@@ -20,22 +23,31 @@ class JobError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A finished job. `stats` and `foreign` (files of shards that left the input) are of the whole output; the other
-    counts and `seconds` of this run only."""
+    """A finished job. `stats`, `failed` (shards that cannot be read, wholly or in part) and `notes` are of the whole
+    job; the other counts and `seconds` of this run only."""
 
     name: str
     output: str
     stats: Stats
-    foreign: tuple[str, ...] = ()
+    failed: tuple[FailedShard, ...] = ()
+    notes: tuple[str, ...] = ()
     captioned: int = 0
     generated_tokens: int = 0
     seconds: float = 0.0
     storage_retries: int = 0
 
     @classmethod
-    def of(cls, spec: JobSpec, verification: Verification, **figures: Any) -> Outcome:
+    def of(
+        cls,
+        spec: JobSpec,
+        found: Input,
+        verification: Verification,
+        failed: tuple[FailedShard, ...],
+        **figures: Any,
+    ) -> Outcome:
         """The outcome of a job whose output is verified; `figures` are the fields of this run."""
-        return cls(spec.name, spec.output.path, verification.stats, verification.foreign, **figures)
+        notes = (*found.notes(), *notes_of(verification.foreign))
+        return cls(spec.name, spec.output.path, verification.stats, failed, notes, **figures)
 
     @property
     def rows(self) -> int:
@@ -50,14 +62,30 @@ class Outcome:
         return self.errors / self.rows if self.rows else 0.0
 
     def describe(self) -> str:
-        """The result in one line, and one more about shards that left the input."""
-        return "\n".join([self._result(), *notes_of(self.foreign)])
+        """The result in one line, and one more for each note."""
+        return "\n".join([self._result(), *self.notes])
+
+    def failure(self, limits: LimitsSpec) -> str | None:
+        """One sentence about what failed beyond the job's limits, if anything did."""
+        reasons = []
+        if len(self.failed) > limits.max_failed_shards:
+            reasons.append(
+                f"{shards_told(self.failed)}; that is more than limits.max_failed_shards={limits.max_failed_shards} "
+                "allows: repair or remove them and run again"
+            )
+        if self.failed_fraction > limits.max_failed_fraction:
+            reasons.append(
+                f"{self.errors:,} of {self.rows:,} rows failed ({self.failed_fraction:.1%}), more than "
+                f"limits.max_failed_fraction={limits.max_failed_fraction:g} allows"
+            )
+        return "; ".join([*reasons, "all captions are in the output"]) if reasons else None
 
     def _result(self) -> str:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.stats.errors.items())
         errors = f"{self.errors:,} errors ({kinds})" if self.errors else "no errors"
         if not self.captioned:
-            return f"{self.name}: nothing to do, all {self.rows:,} rows are captioned in {self.output} ({errors})"
+            rows = f"{self.rows:,} rows" + (" of the readable shards" if self.failed else "")
+            return f"{self.name}: nothing to do, all {rows} are captioned in {self.output} ({errors})"
         return (
             f"{self.name}: {self.rows:,} rows in {self.output}, {errors}; {self.captioned:,} of them now, in "
             f"{self.seconds:,.1f} s: {self.captioned / self.seconds:,.1f} rows/s, "
@@ -70,12 +98,20 @@ class Outcome:
         return {
             "rows": self.rows,
             "errors": dict(self.stats.errors),
+            "failed_shards": {shard.name: shard.reason for shard in self.failed},
             "captioned": self.captioned,
             "generated_tokens": self.generated_tokens,
             "seconds": round(self.seconds, 3),
             "rows_per_s": round(self.captioned / self.seconds, 3),
             "tokens_per_s": round(self.generated_tokens / self.seconds, 3),
         }
+
+
+def shards_told(failed: Sequence[FailedShard]) -> str:
+    """`1 shard failed: s3://b/in/x.parquet is empty (0 bytes)`; of many, the first three."""
+    more = f" and {len(failed) - _NAMED:,} more" if len(failed) > _NAMED else ""
+    named = ", ".join(map(str, failed[:_NAMED]))
+    return f"{len(failed):,} shard{'s' * (len(failed) != 1)} failed: {named}{more}"
 
 
 def notes_of(foreign: Sequence[str]) -> list[str]:

@@ -14,10 +14,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from actors.columns import IMAGES, ROW, VIDEO
+from actors.columns import ERROR, IMAGES, READ, ROW, VIDEO
+from pipeline.outcome import shards_told
 from pipeline.report import Card, ErrorGroup, RowError, Section, Stats
 from pipeline.rows import RowSet
-from pipeline.shards import Shard, discover, output_name
+from pipeline.shards import FailedShard, Shard, discover, output_name
 from pipeline.spec import JobSpec, SpecError
 from pipeline.storage import Storage
 
@@ -50,6 +51,7 @@ class _Tally:
     notable_counts: Counter[str] = field(default_factory=Counter)
     errors: Counter[tuple[str, str]] = field(default_factory=Counter)
     examples: dict[tuple[str, str], RowError] = field(default_factory=dict)
+    unread: dict[Shard, tuple[int, str]] = field(default_factory=dict)  # rows that cannot be read, and why
 
     def add(self, seen: _Seen) -> None:
         card = seen.card
@@ -62,6 +64,9 @@ class _Tally:
             group = (card.error.kind, card.error.stage)
             self.errors[group] += 1
             self.examples.setdefault(group, card.error)
+            if card.error.kind == READ:
+                rows, message = self.unread.get(seen.shard, (0, card.error.message))
+                self.unread[seen.shard] = (rows + 1, message)
         if seen.row < self.first_rows:
             self.first.append(seen)
         elif card.verdict in ("error", "wrong"):
@@ -99,20 +104,23 @@ def read_section(
     Of more than `max_shards` sealed shards as many are read, evenly spread, and the section says so.
     """
     output = Storage(spec.output.path)
-    sealed = [shard for shard in discover(spec.input) if output.exists(_sealed_path(shard))]
+    found = discover(spec.input)
+    sealed = [shard for shard in found.shards if output.exists(_sealed_path(shard))]
     shards = _spread(sealed, max_shards)
     tally = _Tally(first_rows=-(-limit // max(1, len(shards))))
     for shard in shards:
         for seen in _read_results(output, shard, truth):
             tally.add(seen)
     chosen = _choose(tally, limit)
-    note = "" if len(shards) == len(sealed) else f"from {len(shards):,} of {len(sealed):,} sealed shards"
+    notes = [] if len(shards) == len(sealed) else [f"from {len(shards):,} of {len(sealed):,} sealed shards"]
+    failed = (*found.unreadable, *(FailedShard.partly(shard, *why) for shard, why in tally.unread.items()))
+    notes += [shards_told(failed)] if failed else []
     return Section(
         title=title or spec.name,
         subtitle=spec.model.path,
         stats=tally.stats(seconds),
         cards=tuple(_with_input(spec, chosen)),
-        note=note,
+        note="; ".join(notes),
     )
 
 
@@ -178,7 +186,11 @@ def _with_input(spec: JobSpec, chosen: Iterable[_Seen]) -> Iterator[Card]:
         rows = {row[ROW]: row for table in tables for row in table.to_pylist()}
         for seen in group:
             source = rows.get(seen.row)
-            yield _shown(spec, seen.card, source) if source else seen.card  # the input may have shrunk since
+            # The input may have shrunk since, or be damaged.
+            if source is None or (source[ERROR] or {}).get("kind") == READ:
+                yield seen.card
+            else:
+                yield _shown(spec, seen.card, source)
 
 
 def _shown(spec: JobSpec, card: Card, source: Mapping[str, Any]) -> Card:

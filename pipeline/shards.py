@@ -3,21 +3,24 @@
 Why: a row's identity is (shard, row), for ever. So a shard's name must not change when the input grows, and
 its content must not change unnoticed.
 
-The one idea: a name is the path relative to the input's root, and the root follows from the spec, not from
-the files found: a folder is its own root, a glob's root is its fixed part, a file's its folder, a list's the
-deepest folder common to its entries' roots. A fingerprint of size and etag (locally: mtime) stands for
-content.
+A name is the path relative to the input's root, and the root follows from the spec, not from the files found: a
+folder is its own root, a glob's root is its fixed part, a file's its folder, a list's the deepest folder common to
+its entries' roots. A fingerprint of size and etag (locally: mtime) stands for content.
+
+A file whose footer cannot be read is set apart by name, and the job goes on without it: one damaged file must not
+stop a thousand good ones. It counts against `limits.max_failed_shards` at the end (damage.py).
 """
 
 import hashlib
 import os.path
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
 from pipeline.files import FileInfo, file_info, in_parallel, list_files, open_filesystem
-from pipeline.footer import NotParquetError, read_footer
+from pipeline.footer import NotParquetError, one_line, read_footer
 from pipeline.spec import InputSpec, SpecError
 from pipeline.weather import MissingBucket, StorageError, patiently
 
@@ -48,22 +51,64 @@ class Shard:
         return self.url.removesuffix(self.name).rstrip("/")
 
 
-def discover(source: InputSpec) -> list[Shard]:
-    """The input's shards, sorted by name; reads every footer once, in parallel. Raises InputError.
+@dataclass(frozen=True, slots=True)
+class FailedShard:
+    """A shard that cannot be read, wholly or in part: `url` and `reason` make a sentence."""
 
-    Names that begin with "_" or "." are passed over in folders and globs, and so are folders that hold an
-    output of Tessera's own. A file that is named in the spec is taken whatever its name.
+    name: str
+    url: str
+    reason: str
+
+    @classmethod
+    def partly(cls, shard: Shard, rows: int, message: str | None) -> "FailedShard":
+        """A shard so many rows of which cannot be read; `message` is what one of them says."""
+        because = f" ({message})" if message else ""
+        return cls(shard.name, shard.url, f"has {rows:,} of {shard.rows:,} rows that cannot be read{because}")
+
+    def __str__(self) -> str:
+        return f"{self.url} {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """What lies under input.path, sorted by name: shards, and files that cannot be opened as such.
+
+    `roots` are the folders that the entries of input.path name; `outputs` the folders below them with captions of
+    Tessera's own, which are passed over. Both are URLs.
+    """
+
+    shards: tuple[Shard, ...]
+    unreadable: tuple[FailedShard, ...] = ()
+    roots: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+
+    def notes(self) -> list[str]:
+        """What people are told of files that were passed over."""
+        return [f"note: {url} is an output of Tessera's own and not read as input" for url in self.outputs]
+
+
+def discover(source: InputSpec) -> Input:
+    """The job's input; reads every footer once, in parallel. Raises InputError where there is nothing to read.
+
+    Names that begin with "_" or "." are passed over in folders and globs, and so are outputs of Tessera's own below
+    them. A file that is named in the spec is taken whatever its name.
     """
     roots: list[str] = []
     files: dict[str, FileInfo] = {}
+    outputs: dict[str, None] = {}
     filesystems: list[AbstractFileSystem] = []
     for url in source.path:
         filesystem, root, found = _expand(url)
-        if not found:
-            raise InputError(f"input.path: no parquet files found at {url}")
+        own = _outputs_among(filesystem, root, found)
+        files_of_own = tuple(f"{folder}/data/" for folder in own)
+        taken = [info for info in found if not info.path.startswith(files_of_own)]
+        if not taken:
+            why = f"; all there is are captions of Tessera's own, in {own[0]}/data" if own else ""
+            raise InputError(f"input.path: no parquet files found at {url}{why}")
         filesystems.append(filesystem)
         roots.append(root)
-        files.update((info.path, info) for info in found)
+        files.update((info.path, info) for info in taken)
+        outputs.update((_url_of(filesystem, folder), None) for folder in own)
     if len({type(filesystem) for filesystem in filesystems}) > 1:
         raise InputError(
             "input.path: all its entries must lie in one kind of storage, or rows have no common root"
@@ -72,31 +117,31 @@ def discover(source: InputSpec) -> list[Shard]:
     root = os.path.commonpath(roots).rstrip("/")
     schemas: dict[str, pa.Schema] = {}
 
-    def read(info: FileInfo) -> Shard | str:
+    def read(info: FileInfo) -> Shard | FailedShard:
         name = info.path[len(root) :].lstrip("/") if root else info.path
-        url = info.path if os.path.isabs(info.path) else filesystem.unstrip_protocol(info.path)
+        url = _url_of(filesystem, info.path)
         try:
             footer = read_footer(filesystem, info.path, info.size)
+            schema = footer.schema.to_arrow_schema().remove_metadata()
+            schema = schemas.setdefault(str(schema), schema)  # most shards share one: keep one object
+        except StorageError:  # storage that fails for minutes says nothing of the file
+            raise
         except NotParquetError as error:
-            return f"{url} {error}"
-        except OSError as error:
-            return f"{url} cannot be read ({error})"
-        schema = footer.schema.to_arrow_schema().remove_metadata()
-        schema = schemas.setdefault(str(schema), schema)  # most shards share one: keep one object
+            return FailedShard(name, url, str(error))
+        except FileNotFoundError:
+            return FailedShard(name, url, "was deleted after it had been listed")
+        except (OSError, ValueError, pa.ArrowException) as error:
+            return FailedShard(name, url, f"cannot be read ({one_line(error)})")
         return Shard(name, url, footer.num_rows, _fingerprint(info), info.size, schema)
 
-    shards: list[Shard] = []
-    problems: list[str] = []
-    for result in in_parallel(read, sorted(files.values(), key=lambda info: info.path)):
-        if isinstance(result, str):
-            problems.append(result)
-        else:
-            shards.append(result)
-    if problems:
-        more = f" (and {len(problems) - 1} more files like it)" if len(problems) > 1 else ""
-        raise InputError(f"input.path: {problems[0]}{more}; remove it from the input, or repair it")
+    results = in_parallel(read, sorted(files.values(), key=lambda info: info.path))
+    shards = tuple(result for result in results if isinstance(result, Shard))
+    unreadable = tuple(result for result in results if isinstance(result, FailedShard))
+    if not shards:
+        more = f" (and {len(unreadable) - 1:,} more files like it)" if len(unreadable) > 1 else ""
+        raise InputError(f"input.path: {unreadable[0]}{more}; remove it from the input, or repair it")
     _refuse_clashes(shards)
-    return shards
+    return Input(shards, unreadable, tuple(_url_of(filesystem, root) for root in roots), tuple(outputs))
 
 
 def output_name(shard_name: str) -> str:
@@ -119,7 +164,11 @@ def _fingerprint(info: FileInfo) -> str:
     return hashlib.sha256(f"{info.size}:{info.token}".encode()).hexdigest()[:12]
 
 
-def _refuse_clashes(shards: list[Shard]) -> None:
+def _url_of(filesystem: "AbstractFileSystem", path: str) -> str:
+    return path if os.path.isabs(path) else str(filesystem.unstrip_protocol(path))
+
+
+def _refuse_clashes(shards: Sequence[Shard]) -> None:
     seen: dict[str, Shard] = {}
     for shard in shards:
         other = seen.setdefault(output_name(shard.name), shard)
@@ -155,14 +204,10 @@ def _expand(url: str) -> tuple["AbstractFileSystem", str, list[FileInfo]]:
 
 
 def _expand_folder(filesystem: "AbstractFileSystem", folder: str) -> list[FileInfo]:
-    found = list_files(filesystem, folder)
-    outputs = {info.path.partition("/_tessera/")[0] + "/" for info in found if "/_tessera/" in info.path}
     return [
         FileInfo(f"{folder}/{info.path}", info.size, info.token)
-        for info in found
-        if info.path.endswith(".parquet")
-        and not _hidden(info.path)
-        and not info.path.startswith(tuple(outputs))
+        for info in list_files(filesystem, folder)
+        if info.path.endswith(".parquet") and not _hidden(info.path)
     ]
 
 
@@ -180,6 +225,22 @@ def _expand_glob(filesystem: "AbstractFileSystem", pattern: str) -> tuple[str, l
         else:
             files.append(file_info(filesystem, path, info))
     return root, files
+
+
+def _outputs_among(filesystem: "AbstractFileSystem", root: str, files: Sequence[FileInfo]) -> list[str]:
+    """The folders below `root` that are outputs of Tessera's: their captions lie in data/, beside _tessera/."""
+    suspects: set[str] = set()
+    for info in files:
+        folders = info.path[len(root) :].strip("/").split("/")[:-1]
+        suspects.update(
+            "/".join([root, *folders[:depth]]) for depth in range(1, len(folders)) if folders[depth] == "data"
+        )
+
+    def is_output(folder: str) -> bool:
+        return bool(patiently(lambda: filesystem.exists(f"{folder}/_tessera"), f"reading {folder}"))
+
+    folders = sorted(suspects)
+    return [folder for folder, found in zip(folders, in_parallel(is_output, folders), strict=True) if found]
 
 
 def _hidden(path: str) -> bool:

@@ -18,23 +18,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from actors.columns import ERROR, ERROR_TYPE, FINGERPRINT, IMAGES, ROW, SHARD, VIDEO, error_value
-from pipeline.files import open_file, open_filesystem
+from actors.columns import ERROR, ERROR_TYPE, FINGERPRINT, IMAGES, READ, ROW, SHARD, VIDEO, error_value
 from pipeline.lease import Fence
+from pipeline.reading import read_rows
 from pipeline.rows import RowSet
 from pipeline.shards import Shard
 from pipeline.spec import InputSpec
 from pipeline.storage import Storage
 
-READ_ROWS = (
-    64  # rows decoded from parquet at once: a block's worth, and large against parquet's per-call cost
-)
 _FETCHES = 16  # concurrent downloads of images given by path; they wait on the network, not on a core
-_BUFFER = 8 << 20  # bytes of a column chunk held while it streams
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,27 +90,19 @@ def _until_stopped(tables: Iterator[pa.Table], fence: Fence | None) -> Iterator[
 def read_shard(
     work: ShardWork, spec: InputSpec, columns: Sequence[str], kept: pa.Schema | None = None
 ) -> Iterator[pa.Table]:
-    """The remaining rows of a shard, in order, in tables of at most `READ_ROWS` rows."""
-    filesystem, path = open_filesystem(work.shard.url)
-    beside = Storage(work.shard.root)  # the input's root, for images given by path
-    with open_file(filesystem, path, work.shard.size) as file:
-        parquet = pq.ParquetFile(file, buffer_size=_BUFFER)
-        pictures = [name for name in (spec.image, spec.video) if name is not None]
-        wanted = list(dict.fromkeys([*pictures, *columns]))
-        start = 0
-        for group in range(parquet.metadata.num_row_groups):
-            stop = start + parquet.metadata.row_group(group).num_rows
-            if work.rows.within(start, stop):
-                for batch in parquet.iter_batches(READ_ROWS, row_groups=[group], columns=wanted):
-                    rows = work.rows.within(start, start + batch.num_rows).indices()
-                    if rows:
-                        table = pa.Table.from_batches([batch]).take([row - start for row in rows])
-                        for field in kept or ():
-                            index = table.schema.get_field_index(field.name)
-                            table = table.set_column(index, field, table[field.name].cast(field.type))
-                        yield _block(table, work.shard, rows, spec, columns, beside)
-                    start += batch.num_rows
-            start = stop
+    """The remaining rows of a shard, in order, in tables of at most `READ_ROWS` rows.
+
+    Rows that cannot be read are error rows. Raises StorageError where the storage fails, not the file.
+    """
+    shard, beside = work.shard, Storage(work.shard.root)  # the input's root, for images given by path
+    pictures = [name for name in (spec.image, spec.video) if name is not None]
+    types = {field.name: field.type for field in (*shard.schema, *(kept or ()))}
+    schema = pa.schema([(name, types[name]) for name in dict.fromkeys([*pictures, *columns])])
+    for rows, found in read_rows(shard, work.rows, schema):
+        if isinstance(found, str):
+            yield _unread_block(found, shard, rows, [schema.field(name) for name in columns])
+        else:
+            yield _block(found, shard, rows, spec, columns, beside)
 
 
 def _block(
@@ -135,7 +122,23 @@ def _block(
         for image, video in zip(images, videos, strict=True)
     ]
     pictures, errors = _read(given, shard, beside)
-    block = {name: table[name] for name in columns}
+    return _assembled({name: table[name] for name in columns}, shard, rows, pictures, errors)
+
+
+def _unread_block(message: str, shard: Shard, rows: Sequence[int], columns: Sequence[pa.Field]) -> pa.Table:
+    count = len(rows)
+    nulls = {field.name: pa.nulls(count, field.type) for field in columns}
+    return _assembled(nulls, shard, rows, [None] * count, [error_value(READ, "read", message)] * count)
+
+
+def _assembled(
+    block: dict[str, Any],
+    shard: Shard,
+    rows: Sequence[int],
+    pictures: Sequence[_Pictures | None],
+    errors: Sequence[dict[str, str] | None],
+) -> pa.Table:
+    count = len(rows)
     block[SHARD] = pa.array([shard.name] * count, pa.string())
     block[ROW] = pa.array(rows, pa.int64())
     block[FINGERPRINT] = pa.array([shard.fingerprint] * count, pa.string())

@@ -197,9 +197,11 @@ class OutputSpec(_Section):
 
 
 class LimitsSpec(_Section):
-    """`max_failed_fraction`: share of error rows above which a job exits 3; `max_pixels`: of one image."""
+    """A job that is done exits 3 above `max_failed_fraction`, the share of error rows, or `max_failed_shards`, the
+    number of input files that cannot be read, wholly or in part. `max_pixels`: of one image."""
 
     max_failed_fraction: Real = Field(default=0.05, ge=0, le=1)
+    max_failed_shards: Count = Field(default=0, ge=0)
     max_pixels: Count = Field(default=178_956_970, ge=1)
 
 

@@ -4,13 +4,13 @@ Why: the driver's progress, its sealing, `tessera status` and `tessera verify` m
 cannot, since all are read off the same `Scan` of the files, and nothing else is remembered anywhere.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from pipeline.entries import Entry, Stats
 from pipeline.rows import RowSet
-from pipeline.shards import Shard, output_name
+from pipeline.shards import FailedShard, Shard, output_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +95,8 @@ class Plan:
         return Stats.total(state.stats for state in self.shards)
 
 
-def plan_of(shards: Sequence[Shard], scan: Scan) -> Plan:
-    """The plan for these shards, in their order."""
+def plan_of(shards: Sequence[Shard], scan: Scan, unreadable: Sequence[FailedShard] = ()) -> Plan:
+    """The plan for these shards, in their order; `unreadable` ones are the input's all the same."""
     journaled: dict[str, list[tuple[str, Entry]]] = {}
     for part in scan.parts:
         for name, entry in part.entries.items():
@@ -121,7 +121,7 @@ def plan_of(shards: Sequence[Shard], scan: Scan) -> Plan:
     return Plan(
         tuple(states),
         tuple(changed),
-        _foreign(shards, scan),
+        _foreign((*shards, *unreadable), scan),
         tuple(f"{file.path} {file.problem}" for file in published if file.problem),
         tuple(_settled(shards, scan)),
     )
@@ -142,7 +142,8 @@ class Verification:
     """The recount. `rows_out` counts rows in sealed files of the input's shards. By shard: rows that are `missing`,
     rows of the file, by place, that no row of the input answers to (`surplus`), and rows that differ from those
     that were sealed (`altered`). `foreign` names files of shards no longer in the input, and `notes` what lies about
-    in the journal; both are reported but no fault."""
+    in the journal; both are reported but no fault. `unreadable` shards of the input count for nothing: nobody knows
+    their rows."""
 
     rows_in: int
     rows_out: int
@@ -153,10 +154,11 @@ class Verification:
     problems: tuple[str, ...]
     stats: Stats
     notes: tuple[str, ...] = ()
+    unreadable: tuple[FailedShard, ...] = ()
 
     @property
     def ok(self) -> bool:
-        """Every row of the input is in the output exactly once, and every file below data/ is sound."""
+        """Every row of the readable input is in the output exactly once, and every file below data/ is sound."""
         return (
             not (self.problems or self.missing or self.surplus or self.altered)
             and self.rows_in == self.rows_out
@@ -167,13 +169,20 @@ class Verification:
         verdict = "verified" if self.ok else "not verified"
         lines = [f"{verdict}: {self.rows_in:,} rows in, {self.rows_out:,} rows out"]
         lines += [f"  {problem}" for problem in self.problems]
+        lines += [f"  unreadable: {shard}" for shard in self.unreadable]
         lines += [f"  note: {path} belongs to no shard of the input" for path in self.foreign]
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
 
-def verification_of(shards: Sequence[Shard], scan: Scan, altered: Mapping[str, RowSet]) -> Verification:
+def verification_of(
+    shards: Sequence[Shard],
+    scan: Scan,
+    unreadable: Sequence[FailedShard] = (),
+    altered: Mapping[str, RowSet] | None = None,
+) -> Verification:
     """Rows in against rows out, shard by shard. `altered`, by shard: rows that differ from those that were sealed."""
+    altered = altered or {}
     missing: dict[str, RowSet] = {}
     surplus: dict[str, RowSet] = {}
     problems: list[str] = []
@@ -226,19 +235,22 @@ def verification_of(shards: Sequence[Shard], scan: Scan, altered: Mapping[str, R
         missing,
         surplus,
         altered,
-        _foreign(shards, scan),
+        _foreign((*shards, *unreadable), scan),
         tuple(problems),
         Stats.total(stats),
-        tuple(_in_the_journal(shards, scan)),
+        tuple(_in_the_journal(shards, scan, {shard.name for shard in unreadable})),
+        tuple(unreadable),
     )
 
 
-def _in_the_journal(shards: Sequence[Shard], scan: Scan) -> Iterator[str]:
+def _in_the_journal(shards: Sequence[Shard], scan: Scan, unreadable: Collection[str]) -> Iterator[str]:
     """Rows of parts that are no part of the job, or that several parts hold: sealing leaves them out."""
     current = {shard.name: shard for shard in shards}
     held: dict[str, RowSet] = {}
     for part in scan.parts:
         for name, entry in part.entries.items():
+            if name in unreadable:
+                continue
             shard = current.get(name)
             if shard is None or shard.fingerprint != entry.fingerprint:
                 yield f"{part.path} holds rows {entry.rows} of {name}, which {'changed' if shard else 'is gone'} since"
@@ -252,6 +264,6 @@ def _in_the_journal(shards: Sequence[Shard], scan: Scan) -> Iterator[str]:
                 yield f"rows {twice} of {name} are in several parts; sealing keeps one of each"
 
 
-def _foreign(shards: Sequence[Shard], scan: Scan) -> tuple[str, ...]:
+def _foreign(shards: Iterable[Shard | FailedShard], scan: Scan) -> tuple[str, ...]:
     known = {output_name(shard.name) for shard in shards}
     return tuple(file.path for key, file in scan.sealed.items() if key not in known)

@@ -1,5 +1,6 @@
 """How far a job is, for people: from its files alone, from any machine, while it runs or not."""
 
+from pipeline.damage import failed_shards
 from pipeline.lease import Holder, holder_of
 from pipeline.ledger import Ledger
 from pipeline.outcome import notes_of
@@ -7,22 +8,28 @@ from pipeline.shards import discover
 from pipeline.spec import JobSpec
 
 _RUNS = 5  # the last ones are shown
+_FAILED = 20  # shards that cannot be read are named
 
 
 def status(spec: JobSpec) -> str:
     """A few lines: shards sealed and open, rows done, missing and failed by kind, the last runs, who is at it."""
-    shards = discover(spec.input)
+    found = discover(spec.input)
     ledger = Ledger(spec.output.path)
-    plan = ledger.plan(shards)
+    plan = ledger.plan(found.shards, found.unreadable)
     sealed = sum(state.sealed for state in plan.shards)
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in plan.stats.errors.items())
     complete = "complete" if ledger.succeeded(plan) else "not complete"
     lines = [
         f"{spec.name}: {complete}",
-        f"  shards: {sealed:,} sealed, {len(plan.shards) - sealed:,} open",
+        f"  shards: {sealed:,} sealed, {len(plan.shards) - sealed:,} open"
+        + (f", {len(found.unreadable):,} unreadable" if found.unreadable else ""),
         f"  rows: {plan.rows_done:,} of {plan.rows:,} done, {plan.rows - plan.rows_done:,} missing, "
         f"{plan.stats.failed:,} failed" + (f" ({kinds})" if kinds else ""),
     ]
+    failed = failed_shards(ledger, found, plan)
+    lines += [f"  failed: {shard}" for shard in failed[:_FAILED]]
+    if len(failed) > _FAILED:
+        lines.append(f"  failed: {len(failed) - _FAILED:,} more shards")
     for run in ledger.runs()[-_RUNS:]:
         retries = run.get("storage_retries", 0)
         lines.append(
@@ -31,7 +38,7 @@ def status(spec: JobSpec) -> str:
         )
     holder = holder_of(ledger.storage)
     lines.append(f"  lease: {_told(holder)}" if holder else "  lease: free")
-    lines += [f"  {note}" for note in notes_of(plan.foreign)]
+    lines += [f"  {note}" for note in (*found.notes(), *notes_of(plan.foreign))]
     if plan.changed:
         names = ", ".join(plan.changed[:3]) + (", ..." if len(plan.changed) > 3 else "")
         lines.append(

@@ -180,14 +180,14 @@ class Storage:
         from botocore.exceptions import ClientError
         from s3fs.errors import translate_boto_error
 
-        def attempt() -> None:
+        def request() -> None:
             names = [self.filesystem.split_path(self.full(path)) for path in paths]
             keys = {"Objects": [{"Key": key} for _, key, _ in names], "Quiet": True}
             answer = self.filesystem.call_s3("delete_objects", Bucket=names[0][0], Delete=keys)
             if errors := answer.get("Errors"):
                 raise translate_boto_error(ClientError({"Error": errors[0]}, "DeleteObjects"))
 
-        self._patiently("deleting", f"{paths[0]} and others", attempt)
+        self._guarded("deleting", f"{paths[0]} and others", request)
 
     def _conditionally(self, path: str, data: bytes, write: Callable[[], bool]) -> bool:
         """A conditional write whose answer may be lost on the way: the write again (by us, or unseen by the HTTP

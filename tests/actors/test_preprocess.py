@@ -70,6 +70,16 @@ def test_a_template_is_filled_from_the_row():
     assert null[ERROR]["kind"] == "prompt" and "'word'" in null[ERROR]["message"]
 
 
+def test_a_value_that_python_cannot_hold_costs_its_row():
+    config = preprocess_config(
+        untrained("llava_onevision"), prompt_column=None, template="{day}", template_columns=("day",)
+    )
+    days = pa.array([1 << 30, 1], pa.int32()).view(pa.date32())  # what a flipped bit makes of a date
+    bad, good = Preprocess(config)(source_block([[picture()]] * 2, id=["x", "y"], day=days)).to_pylist()
+    assert bad[ERROR]["kind"] == "crash" and "OverflowError" in bad[ERROR]["message"]
+    assert good[ERROR] is None and good[TOKEN_IDS]
+
+
 def test_chats_several_images_and_text_alone_share_a_block():
     chat = [
         {"role": "user", "content": "Describe the image."},

@@ -164,7 +164,7 @@ def test_what_is_in_the_journal_is_not_generated_again(tmp_path, ray_address):
     write_dataset(tmp_path / "in", rows=40, shards=2, seed=4)
     arguments = options(tmp_path)
     spec = load_spec(SPEC, [argument.removeprefix("--set=") for argument in arguments])
-    shards = discover(spec.input)
+    shards = discover(spec.input).shards
     ledger = Ledger(spec.output.path)
     ledger.bind(spec)
     source = pq.read_table(tmp_path / "in/part-00000.parquet", columns=job_schema(spec, shards).names).slice(
@@ -186,6 +186,73 @@ def test_what_is_in_the_journal_is_not_generated_again(tmp_path, ray_address):
     (tmp_path / "more/part-00000.parquet").rename(tmp_path / "in/part-00002.parquet")
     grown = tessera("run", SPEC, *arguments, RAY_ADDRESS=ray_address)
     assert grown.code == 0 and "47 rows" in grown.out and "7 of them now" in grown.out
+
+
+def test_damaged_shards_cost_their_rows_and_are_named(tmp_path, ray_address):
+    whole = [path.read_bytes() for path in write_dataset(tmp_path / "in", rows=128, shards=4, seed=2)]
+    good, smashed, empty, footer = sorted((tmp_path / "in").iterdir())
+    group = pq.read_metadata(smashed).row_group(0)  # of two, of 16 rows
+    page = group.column(1).dictionary_page_offset or group.column(1).data_page_offset  # image.bytes
+    smashed.write_bytes(whole[1][:page] + b"\xff" * 64 + whole[1][page + 64 :])
+    empty.write_bytes(b"")
+    footer.write_bytes(whole[3][:4] + b"\xff" * (len(whole[3]) - 12) + whole[3][-8:])
+
+    out, arguments = tmp_path / "out", options(tmp_path, limits__max_failed_fraction=0.5)
+    done = tessera("run", SPEC, *arguments, RAY_ADDRESS=ray_address)
+    assert done.code == 3 and "64 rows" in done.out and "16 errors (16 read)" in done.out, done.err
+    told = done.err.splitlines()[-1]
+    reasons = [
+        f"{empty} is empty (0 bytes)",
+        f"{footer} has a damaged",
+        f"{smashed} has 16 of 32 rows that cannot",
+    ]
+    assert told.startswith("tessera: 3 shards failed: ") and all(reason in told for reason in reasons)
+    assert "row group 0 of part-00001.parquet" in told and "limits.max_failed_shards=0" in told
+    rows = pq.read_table(out / "data").to_pylist()
+    assert [row["error"] and row["error"]["kind"] for row in rows] == [
+        *[None] * 32,
+        *["read"] * 16,
+        *[None] * 16,
+    ]
+    assert all((row["id"] is None) == (row["caption"] is None) == (row["error"] is not None) for row in rows)
+    assert not (out / "_SUCCESS").exists()
+    (record,) = Ledger(str(out)).runs()
+    assert set(record["failed_shards"]) == {smashed.name, empty.name, footer.name}
+
+    # There is nothing to generate, so no cluster is needed.
+    again = tessera("run", SPEC, *arguments, RAY_ADDRESS="127.0.0.1:1")
+    assert again.code == 3 and "all 64 rows of the readable shards are captioned" in again.out
+    assert again.err.splitlines()[-1] == told
+    status = tessera("status", out).out
+    assert "2 sealed, 0 open, 2 unreadable" in status and all(
+        f"failed: {reason}" in status for reason in reasons
+    )
+    verify = tessera("verify", out)
+    assert verify.code == 3 and verify.out.startswith("verified: 64 rows in, 64 rows out\n  unreadable: ")
+    assert f"2 shards failed: {reasons[0]}" in verify.err
+    assert tessera("report", out, "-o", tmp_path / "page.html").code == 0
+    assert "3 shards failed: " in (tmp_path / "page.html").read_text()
+    assert tessera("run", SPEC, *arguments, "--set=limits.max_failed_shards=3").code == 0
+    assert not (out / "_SUCCESS").exists()
+
+    for path, data in zip((good, smashed, empty, footer), whole, strict=True):
+        if path != good:
+            path.write_bytes(data)
+    repaired = tessera("run", SPEC, *arguments, RAY_ADDRESS=ray_address)
+    assert repaired.code == 0 and "128 rows" in repaired.out and "no errors; 96 of them now" in repaired.out
+    assert (out / "_SUCCESS").exists() and tessera("verify", out).code == 0
+
+
+def test_an_output_that_is_the_input_or_another_datasets_is_refused(job, tmp_path):
+    write_dataset(tmp_path / "in", rows=2, shards=1, seed=1)
+    done = tessera("run", SPEC, *options(tmp_path), f"--set=output.path={tmp_path}/in/../in/")
+    assert done.code == 2 and "output.path: " in done.err and "input.path" in done.err
+    assert [path.name for path in (tmp_path / "in").iterdir()] == ["part-00000.parquet"]
+    other = [*job.arguments, f"--set=input.path={tmp_path / 'in'}"]
+    before = {path: path.stat().st_mtime_ns for path in (job.root / "out").rglob("*")}
+    done = tessera("run", SPEC, *other)
+    assert done.code == 2 and "holds captions of 3 shards" in done.err and "new folder" in done.err
+    assert before == {path: path.stat().st_mtime_ns for path in (job.root / "out").rglob("*")}
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path):

@@ -2,11 +2,16 @@
 
 from pipeline.entries import Stats
 from pipeline.outcome import Outcome, root_cause
+from pipeline.shards import FailedShard
+from pipeline.spec import LimitsSpec
 
 
-def outcome(captioned=100) -> Outcome:
+def outcome(captioned=100, failed=0) -> Outcome:
     stats = Stats(200, {"decode": 9, "prompt": 1}, 10, 5, 4000)
-    return Outcome("job", "out", stats, captioned=captioned, generated_tokens=2000, seconds=50.0)
+    shards = tuple(
+        FailedShard(f"{n}.parquet", f"/in/{n}.parquet", "is empty (0 bytes)") for n in range(failed)
+    )
+    return Outcome("job", "out", stats, shards, captioned=captioned, generated_tokens=2000, seconds=50.0)
 
 
 def test_the_line_says_rows_errors_and_rates():
@@ -18,6 +23,24 @@ def test_the_line_says_rows_errors_and_rates():
 
 def test_nothing_to_do_is_said():
     assert outcome(0).describe().startswith("job: nothing to do, all 200 rows are captioned in out")
+
+    assert "all 200 rows of the readable shards are captioned" in outcome(0, failed=1).describe()
+
+
+def test_what_failed_beyond_the_limits_is_one_sentence():
+    assert outcome().failure(LimitsSpec()) is None
+    assert outcome(failed=2).failure(LimitsSpec(max_failed_shards=2)) is None
+    assert outcome(failed=2).failure(LimitsSpec(max_failed_shards=1)) == (
+        "2 shards failed: /in/0.parquet is empty (0 bytes), /in/1.parquet is empty (0 bytes); that is more than "
+        "limits.max_failed_shards=1 allows: repair or remove them and run again; all captions are in the output"
+    )
+    both = outcome(failed=5).failure(LimitsSpec(max_failed_fraction=0.01))
+    assert both and "/in/2.parquet is empty (0 bytes) and 2 more; that" in both
+    assert "10 of 200 rows failed (5.0%), more than limits.max_failed_fraction=0.01 allows" in both
+
+
+def test_the_record_names_every_failed_shard():
+    assert list(outcome(failed=5).record()["failed_shards"]) == [f"{n}.parquet" for n in range(5)]
 
 
 class Wrapped(Exception):

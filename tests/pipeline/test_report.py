@@ -328,6 +328,32 @@ def test_of_many_shards_some_are_read_and_the_page_says_so(tmp_path: Path):
     assert {card.label.partition(":")[0] for card in found.cards} == {"deep/part-0", "deep/part-3"}
 
 
+def test_shards_that_cannot_be_read_are_named(tmp_path: Path):
+    spec = write_job(tmp_path, shards=2, rows=8)
+    (tmp_path / "in" / "deep" / "empty.parquet").write_bytes(b"")
+    sealed = tmp_path / "out" / "data" / "deep" / "part-1.parquet"
+    table = pq.read_table(sealed)
+    unread = {"kind": "read", "stage": "read", "message": "row group 1: no pages"}
+    errors = pa.array([unread if row > 3 else None for row in range(8)], table.schema.field("error").type)
+    pq.write_table(table.set_column(table.schema.get_field_index("error"), "error", errors), sealed)
+    path = tmp_path / "in" / "deep" / "part-1.parquet"
+    data = bytearray(path.read_bytes())
+    group = pq.read_metadata(path).row_group(1)
+    start = min(group.column(index).data_page_offset for index in range(group.num_columns))
+    data[start : start + 40] = b"\xff" * 40
+    path.write_bytes(data)
+
+    found = read_section(spec, limit=100)
+    folder = tmp_path / "in" / "deep"
+    assert found.note == (
+        f"2 shards failed: {folder}/empty.parquet is empty (0 bytes), "
+        f"{folder}/part-1.parquet has 4 of 8 rows that cannot be read (row group 1: no pages)"
+    )
+    assert [bool(card.images) for card in found.cards] == [True] * 12 + [False] * 4
+    assert all(card.error == RowError(**unread) and card.prompt is None for card in found.cards[12:])
+    assert found.note.partition(" ")[2] in render([found], title="t")
+
+
 def test_a_truth_column_the_output_lacks_is_named(tmp_path: Path):
     with pytest.raises(SpecError, match="no column 'answer'"):
         read_section(write_job(tmp_path, shards=1, rows=3), truth="answer")

@@ -7,10 +7,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline import footer
 from pipeline.columns import check_columns, job_schema, kept_columns, needed_columns, sealed_schema
 from pipeline.shards import InputError, Shard, discover, shard_schema
 from pipeline.spec import InputSpec, JobSpec, parse_spec
 from pipeline.storage import Storage
+from pipeline.weather import StorageError
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -23,7 +25,7 @@ def write(path: Path, rows: int = 3, **columns: pa.Array) -> Path:
 
 
 def names(*paths: str | Path) -> list[str]:
-    return [shard.name for shard in discover(InputSpec(path=tuple(map(str, paths))))]
+    return [shard.name for shard in discover(InputSpec(path=tuple(map(str, paths)))).shards]
 
 
 @pytest.fixture
@@ -37,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_folder_is_read_recursively_and_hidden_names_are_not(folder: Path) -> None:
-    shards = discover(InputSpec(path=(str(folder),)))
+    shards = discover(InputSpec(path=(str(folder),))).shards
     assert [(shard.name, shard.rows) for shard in shards] == [
         ("a.parquet", 9),
         ("b.parquet", 9),
@@ -68,20 +70,33 @@ def test_the_root_follows_from_the_spec_not_from_the_files(folder: Path) -> None
 
 def test_a_relative_path_is_made_absolute(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder.parent)
-    assert discover(InputSpec(path=("in",))) == discover(InputSpec(path=(str(folder),)))
+    assert discover(InputSpec(path=("in",))).shards == discover(InputSpec(path=(str(folder),))).shards
 
 
 def test_an_output_below_the_input_is_not_input(folder: Path) -> None:
     before = names(folder)
-    write(folder / "captions" / "data" / "a.parquet")
+    write(folder / "captions" / "data" / "sub" / "a.parquet")
     write(folder / "captions" / "_tessera" / "journal" / "part-0.parquet")
-    assert names(folder) == before
-    assert names(folder / "captions") == ["data/a.parquet"]  # captions of captions: asked for by name
+    write(folder / "train" / "data" / "x.parquet")  # a data folder of somebody else's
+    for path in (folder, f"{folder}/**/*.parquet", f"{folder}/**"):
+        found = discover(InputSpec(path=(str(path),)))
+        assert [shard.name for shard in found.shards] == [*before, "train/data/x.parquet"]
+        assert found.outputs == (str(folder / "captions"),)
+        assert str(folder / "captions") in found.notes()[0]
+    with pytest.raises(
+        InputError, match=r"no parquet files .* captions of Tessera's own, in .*/captions/data"
+    ):
+        names(f"{folder}/c*/data/sub/*.parquet")
+    # Captions of captions: asked for by name.
+    assert names(folder / "captions") == ["data/sub/a.parquet"]
+    assert names(folder / "captions/data") == ["sub/a.parquet"]
+    assert names(f"{folder}/captions/data/*/*.parquet") == ["sub/a.parquet"]
+    assert names(folder / "captions/data/sub/a.parquet") == ["a.parquet"]
 
 
 def test_a_changed_file_is_a_changed_fingerprint(folder: Path) -> None:
     def prints() -> dict[str, str]:
-        return {shard.name: shard.fingerprint for shard in discover(InputSpec(path=(str(folder),)))}
+        return {shard.name: shard.fingerprint for shard in discover(InputSpec(path=(str(folder),))).shards}
 
     before = prints()
     assert prints() == before
@@ -97,7 +112,7 @@ def test_s3(s3_url: str, folder: Path) -> None:
     storage = Storage(s3_url)
     for name in ("b.parquet", "sub/c.parquet", "_x.parquet"):
         storage.put_atomic(f"in/{name}", (folder / name).read_bytes())
-    shards = discover(InputSpec(path=(f"{s3_url}/in/",)))
+    shards = discover(InputSpec(path=(f"{s3_url}/in/",))).shards
     assert [(shard.name, shard.url) for shard in shards] == [
         ("b.parquet", f"{s3_url}/in/b.parquet"),
         ("sub/c.parquet", f"{s3_url}/in/sub/c.parquet"),
@@ -108,33 +123,103 @@ def test_s3(s3_url: str, folder: Path) -> None:
         "in/sub/c.parquet": ["c.parquet"],
         "in/**/*.parquet": ["b.parquet", "sub/c.parquet"],
     }.items():
-        found = discover(InputSpec(path=(f"{s3_url}/{path}",)))
+        found = discover(InputSpec(path=(f"{s3_url}/{path}",))).shards
         assert [shard.name for shard in found] == expected
         assert {shard.fingerprint for shard in found} <= {shard.fingerprint for shard in shards}
     storage.put_atomic("in/b.parquet", (folder / "sub/deep/d.parquet").read_bytes())
-    assert discover(InputSpec(path=(f"{s3_url}/in/",)))[0].fingerprint != shards[0].fingerprint
+    assert discover(InputSpec(path=(f"{s3_url}/in/",))).shards[0].fingerprint != shards[0].fingerprint
     with pytest.raises(InputError, match="nowhere does not exist"):
         discover(InputSpec(path=(f"{s3_url}/nowhere",)))
+    storage.put_atomic("in/empty.parquet", b"")
+    storage.put_atomic("in/out/data/b.parquet", (folder / "b.parquet").read_bytes())
+    storage.put_atomic("in/out/_tessera/spec.json", b"{}")
+    for path in ("in", "in/**/*.parquet"):
+        whole = discover(InputSpec(path=(f"{s3_url}/{path}",)))
+        assert [shard.name for shard in whole.shards] == ["b.parquet", "sub/c.parquet"]
+        assert whole.unreadable[0].url == f"{s3_url}/in/empty.parquet"
+        assert whole.outputs == (f"{s3_url}/in/out",)
 
 
-def test_files_that_are_no_parquet_are_named(folder: Path) -> None:
-    (folder / "sub" / "bad.parquet").write_bytes(b"not parquet at all")
-    with pytest.raises(InputError, match=r"sub/bad\.parquet is not a parquet file"):
-        names(folder)
-    (folder / "sub" / "bad.parquet").write_bytes((folder / "a.parquet").read_bytes()[:-3])
-    (folder / "sub" / "worse.parquet").write_bytes(b"")
-    with pytest.raises(InputError, match=r"sub/bad\.parquet .*1 more"):
-        names(folder)
-    damaged = (folder / "a.parquet").read_bytes()
-    (folder / "sub" / "bad.parquet").write_bytes(damaged[:4] + b"\xff" * (len(damaged) - 12) + damaged[-8:])
-    with pytest.raises(InputError, match=r"sub/bad\.parquet .*damaged"):
+def damaged_footer(good: Path) -> bytes:
+    data = good.read_bytes()
+    return data[:4] + b"\xff" * (len(data) - 12) + data[-8:]
+
+
+def test_files_that_cannot_be_read_are_set_apart_by_name(folder: Path) -> None:
+    good = names(folder)
+    whole = (folder / "a.parquet").read_bytes()
+    for name, data in {
+        "cut": whole[:-3],
+        "empty": b"",
+        "footer": damaged_footer(folder / "a.parquet"),
+        "text": b"not parquet at all",
+    }.items():
+        (folder / "sub" / f"{name}.parquet").write_bytes(data)
+    found = discover(InputSpec(path=(str(folder),)))
+    assert [shard.name for shard in found.shards] == good
+    cut, empty, damaged, text = found.unreadable
+    assert (empty.name, str(empty)) == ("sub/empty.parquet", f"{folder}/sub/empty.parquet is empty (0 bytes)")
+    assert cut.reason == text.reason == "is not a parquet file, or is cut off"
+    assert "damaged parquet footer" in damaged.reason
+
+
+def test_an_input_of_which_nothing_can_be_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"")
+    (tmp_path / "b.parquet").write_bytes(b"not parquet at all")
+    with pytest.raises(InputError, match=r"a\.parquet is empty \(0 bytes\) \(and 1 more"):
+        names(tmp_path)
+
+
+def test_a_footer_whose_counts_disagree_is_damaged(folder: Path) -> None:
+    path = folder / "big.parquet"
+    pq.write_table(pa.table({"image": pa.array([b"x"] * 1000)}), path, row_group_size=500)
+    data = path.read_bytes()
+    thousand = bytes([0xD0, 0x0F])  # 1,000 as thrift writes it
+    assert data.count(thousand) == 1
+    path.write_bytes(data.replace(thousand, bytes([0xD0, 0x7F])))
+    (lying,) = discover(InputSpec(path=(str(folder),))).unreadable
+    assert lying.name == "big.parquet" and "and 1,000 in its row groups" in lying.reason
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (FileNotFoundError("b.parquet"), "was deleted after it had been listed"),
+        (PermissionError("reading b.parquet: permission denied"), "cannot be read (reading b.parquet: perm"),
+    ],
+)
+def test_a_file_that_is_gone_or_forbidden_is_set_apart_too(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, reason: str
+) -> None:
+    original = footer.read_footer
+
+    def failing(filesystem: object, path: str, size: int) -> pq.FileMetaData:
+        if path.endswith("/b.parquet"):
+            raise error
+        return original(filesystem, path, size)
+
+    monkeypatch.setattr("pipeline.shards.read_footer", failing)
+    found = discover(InputSpec(path=(str(folder),)))
+    assert len(found.shards) == 3
+    assert [shard.name for shard in found.unreadable] == ["b.parquet"]
+    assert found.unreadable[0].reason.startswith(reason)
+
+
+def test_storage_that_fails_breaks_the_job_and_blames_no_shard(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object) -> pq.FileMetaData:
+        raise StorageError("reading a.parquet: storage failed again and again")
+
+    monkeypatch.setattr("pipeline.shards.read_footer", failing)
+    with pytest.raises(StorageError, match="again and again"):
         names(folder)
 
 
 def test_a_footer_larger_than_the_first_read(tmp_path: Path) -> None:
     wide = {f"column_{i}": pa.array([i]) for i in range(2000)}
     write(tmp_path / "wide.parquet", rows=1, **wide)
-    assert discover(InputSpec(path=(str(tmp_path),)))[0].rows == 1
+    assert discover(InputSpec(path=(str(tmp_path),))).shards[0].rows == 1
     assert len(shard_schema(str(tmp_path / "wide.parquet"))) == 2002
 
 

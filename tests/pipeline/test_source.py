@@ -20,7 +20,7 @@ def write(folder, table: pa.Table, name="a.parquet", row_group_size=10):
     pq.write_table(table, path, row_group_size=row_group_size)
     (shard,) = discover(
         parse_spec({"input": {"path": str(folder)}, "model": {"path": "m"}, "output": {"path": "o"}}).input
-    )
+    ).shards
     return shard
 
 
@@ -150,7 +150,7 @@ def test_a_task_a_shard_with_kept_columns_of_one_type(tmp_path):
     pq.write_table(pa.table({"tag": strings, "image": [b"a"]}), tmp_path / "a.parquet")
     pq.write_table(pa.table({"tag": pa.nulls(1), "image": [b"b"]}), tmp_path / "b.parquet")
     spec = parse_spec({"input": {"path": str(tmp_path)}, "model": {"path": "m"}, "output": {"path": "o"}})
-    shards = discover(spec.input)
+    shards = discover(spec.input).shards
     kept = job_schema(spec, shards)
     source = ShardSource([ShardWork(shard, RowSet.span(1)) for shard in shards], spec.input, ["tag"], kept)
     tasks = source.get_read_tasks(parallelism=200)

@@ -301,7 +301,7 @@ def test_a_shard_is_read_through_bad_weather(line: BadLine, bucket: str, tmp_pat
     Storage(f"s3://{bucket}").put_atomic("in/a.parquet", (tmp_path / "a.parquet").read_bytes())
     spec = {"input": {"path": f"s3://{bucket}/in"}, "model": {"path": "m"}, "output": {"path": "o"}}
     line.faults = [None, "throttle", None, "reset"]
-    (shard,) = discover(parse_spec(spec).input)
+    (shard,) = discover(parse_spec(spec).input).shards
     line.faults = [None, "cut", "reset", None, "throttle", None, "cut"] * 3
     found = pa.concat_tables(read_shard(ShardWork(shard, RowSet.span(200)), parse_spec(spec).input, ["id"]))
     assert (
