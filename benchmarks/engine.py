@@ -30,7 +30,7 @@ import actors  # noqa: F401  (hides a torchvision that does not match torch)
 from actors.engine.engine import ContinuousEngine
 from actors.engine.types import Request
 from benchmarks.engine_models import FAMILIES, build, sizes_of
-from benchmarks.engine_roofline import measure_rates, utilisation
+from benchmarks.engine_roofline import utilisation
 from benchmarks.engine_systems import STATIC_BATCHES, Measured, Run, run_engine, run_generate, timed
 from benchmarks.engine_vllm import VLLM_FAMILIES, run_vllm
 from benchmarks.engine_workloads import WORKLOADS, rows
@@ -136,7 +136,7 @@ def _family(family: str, options: argparse.Namespace, folder: Path) -> Iterator[
                     options.dtype,
                 )
             )
-        use = utilisation(engine, stock, case.rows, measure_rates(device, dtype)) if engine else {}
+        use = utilisation(engine, stock, case.rows) if engine else {}
         yield from _results(case, measured, use)
 
 

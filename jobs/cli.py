@@ -1,8 +1,8 @@
 """`tessera`: the command line. Every command is a thin call into `pipeline`.
 
-Exit codes: 0 done, 1 the job broke, 2 the job spec is wrong (or the arguments are), 3 done but more rows or shards
-failed than `limits` allows, 4 another run holds the output (or took it over), 5 stopped by SIGTERM,
-130 by Ctrl-C. Each but 0 comes with one sentence on standard error.
+Exit codes: 0 done, 1 the job broke, 2 the job spec is wrong (or its checkpoint or the arguments are), 3 done but more
+rows or shards failed than `limits` allows, 4 another run holds the output (or took it over), 5 stopped by SIGTERM, 130
+by Ctrl-C. Each but 0 comes with one sentence on standard error.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from actors.checkpoint_files import CheckpointError, HubError, check_path
 from pipeline.amend import failed_rows, merge_retried
 from pipeline.columns import job_schema, needed_columns
 from pipeline.damage import failed_shards
@@ -36,7 +37,7 @@ from pipeline.progress import Display, Progress
 from pipeline.sealing import Sealing
 from pipeline.session import Session, open_session
 from pipeline.shards import Input, Shard, discover
-from pipeline.spec import JobSpec
+from pipeline.spec import JobSpec, SpecError
 from pipeline.state import Plan, Verification
 from pipeline.weather import RETRIES
 
@@ -72,6 +73,7 @@ def run(spec: JobSpec, show: Display, take_over: bool = False) -> Outcome:
         verification = verified(ledger, found, show)
         failed = failed_shards(ledger, found, plan)
         return Outcome.of(spec, found, verification, failed)  # nothing is written, so no lease is needed
+    _check_checkpoint(spec, show)
     with open_session(spec, take_over, show) as session:
         ledger = session.ledger
         ledger.bind(spec)
@@ -106,6 +108,7 @@ def retry(spec: JobSpec, kinds: Collection[str], show: Display, take_over: bool 
     """Tries the error rows of some kinds again and amends their sealed shards; raises as `run` does."""
     found, kept, _ = _looked_at(spec, show)
     shards = found.shards
+    _check_checkpoint(spec, show)
     with open_session(spec, take_over, show) as session:
         ledger = session.ledger
         merge_retried(ledger, shards)  # what a killed retry had done already
@@ -154,6 +157,7 @@ def _looked_at(spec: JobSpec, show: Display) -> tuple[Input, pa.Schema, Ledger]:
     found = discover(spec.input)
     refuse_overlap(spec, found)
     kept = job_schema(spec, found.shards)
+    _check_model_path(spec)
     ledger = Ledger(spec.output.path)
     ledger.check(spec)
     refuse_other_dataset(spec, found, ledger)
@@ -294,7 +298,6 @@ def generate(
     look: Callable[[], None],
 ) -> None:
     """Runs the pipeline over `work` to its end; its captions become parts in `folder`. `look` is called meanwhile."""
-    _check_checkpoint(spec)
     session.show.phase("starting Ray")
     from pipeline import cluster
     from pipeline.stages import STORAGE_RETRIES
@@ -313,18 +316,33 @@ def generate(
     session.watch(work_through, look)
 
 
-def _check_checkpoint(spec: JobSpec) -> None:
-    """Reads the checkpoint's configuration here first: a wrong path is told before a cluster is kept waiting."""
-    from actors.families import CheckpointError, load_family
+def _check_model_path(spec: JobSpec) -> None:
+    """Told at once and without a model library: no such folder, or weights that are missing or damaged."""
+    try:
+        check_path(_model_path(spec))
+    except CheckpointError as error:
+        raise SpecError(f"model.path: {error}") from None
 
+
+def _check_checkpoint(spec: JobSpec, show: Display) -> None:
+    """Reads the checkpoint's configuration and tokenizer, before anything is written or a cluster is kept waiting."""
+    from actors.checkpoint_hub import find_checkpoint
+
+    show.phase("looking at the checkpoint")
     field = "model.path"
     try:
-        family = load_family(_model_path(spec), spec.model.revision)
+        path = find_checkpoint(_model_path(spec), spec.model.revision)
+        from actors.families import load_family  # imports the model libraries, for seconds
+
+        family = load_family(path, spec.model.revision)
+        family.check_chat()
         if spec.input.video is not None:
             field = "input.video"
             family.check_videos()
+    except HubError as error:
+        raise JobError(f"model.path: {error}") from None
     except CheckpointError as error:
-        raise JobError(f"{field}: {error}") from None
+        raise SpecError(f"{field}: {error}") from None
 
 
 def _preprocess_config(spec: JobSpec, kept: pa.Schema) -> Any:

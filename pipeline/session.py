@@ -31,7 +31,7 @@ _TICK_SECONDS = 0.1  # between two looks at signals and lease
 
 
 class Session:
-    """A run that holds its output's lease. `ledger` is fenced; `count` is what the record says of the run."""
+    """A run that holds its output's lease. `ledger` is fenced; `record` is what its file under _tessera/runs says."""
 
     def __init__(self, run: str, lease: Lease, signals: StopSignals, show: Display) -> None:
         self.run, self.lease, self.signals, self.show = run, lease, signals, show

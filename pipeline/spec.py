@@ -13,6 +13,7 @@ resumed run safe.
 (128, (1, 8))
 """
 
+import os
 import re
 import string
 from collections.abc import Sequence
@@ -148,7 +149,7 @@ class PromptSpec(_Section):
 class ModelSpec(_Section):
     """The checkpoint: a hub id or a local folder; its family is read from its config."""
 
-    path: Url
+    path: Annotated[Url, AfterValidator(os.path.expanduser)]
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     engine: Literal["continuous", "reference"] = "continuous"

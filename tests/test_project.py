@@ -25,9 +25,11 @@ MAY_IMPORT = {
     "pipeline": {"pipeline", "actors"},
     "actors": {"actors"},
     "actors.engine": {"actors.engine", "actors.families", "actors.images", "actors.errors"},
-    "actors.families": {"actors.families", "actors.images", "actors.errors"},
+    "actors.families": {"actors.families", "actors.images", "actors.errors", "actors.checkpoint_files"},
     "actors.images": {"actors.images", "actors.errors"},
     "actors.errors": set(),
+    "actors.checkpoint_files": set(),
+    "actors.checkpoint_hub": {"actors.checkpoint_files"},
 }
 # Modules of `pipeline` that drive Ray; the others must load in a moment, for `tessera status` and the tests.
 DRIVES_RAY = {
@@ -177,3 +179,37 @@ def test_the_wheel_holds_the_three_packages(tmp_path: Path):
     }
     assert shipped == wanted
     assert {name.partition("/")[0] for name in shipped} == set(PACKAGES)
+
+
+# Files that prose may name although they are not ours.
+FOREIGN = {"pipeline.py", "actors.py"}  # what a user's own folder may hold (pipeline/cluster.py)
+
+
+def test_files_that_the_prose_names_are_there():
+    """Docstrings, comments and pages send people to files; each is the end of some file's path."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
+    ours = [f"/{name}" for name in listed.stdout.splitlines()]
+    if not ours:
+        pytest.skip("not a git checkout")
+    assert not [
+        (name, named)
+        for name in ours
+        if name.endswith((".py", ".md", ".c", ".yaml")) and not name.startswith("/tests/")
+        for named in re.findall(
+            r"(?<![\w./{])[\w/]*\w\.(?:py|c)\b(?!\w*\()", ROOT.joinpath(name[1:]).read_text()
+        )
+        if named not in FOREIGN and not any(path.endswith(f"/{named}") for path in ours)
+    ]
+
+
+def test_actors_need_what_the_readme_says():
+    (line,) = (
+        line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `actors/`")
+    )
+    named = re.search(r"Needs ([\w, ]+), but no Ray", line)
+    used = {root for module, root in third_party() if is_within(module, "actors")}
+    assert named and {MODULE_OF.get(name, name) for name in re.split(", | and ", named[1])} == used - {
+        "jinja2"
+    }

@@ -1,8 +1,10 @@
 """How the stock text models come to attend to our cache: transformers' attention interface, and what a device adds.
 
-The one idea: the models run unchanged on N packed tokens, [1, N, D]. Their attention layers dispatch by name to the
-function registered here, which hands queries, keys and values to the step in progress; the step knows which tokens
-belong together and where their past lies. There is no mask and no padding anywhere.
+The models run unchanged on N packed tokens, [1, N, D]. Their attention layers dispatch by name to the function
+registered here, which hands queries, keys and values to the step in progress; the step knows which tokens belong
+together and where their past lies. There is no mask and no padding anywhere. No mask function is registered under the
+name: transformers then makes no mask at all, while for one that returns None it first compares positions, which waits
+for the device once a mask.
 """
 
 from __future__ import annotations
@@ -13,11 +15,15 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from actors.engine.scheduler import Chunk
+from actors.families.checkpoint import CheckpointError
 
 ATTENTION = "tessera"
+_HARMLESS = {"dropout", "position_ids", "use_cache", "output_attentions"}
+"""Keywords that the stock layers pass to attention and that change no result here: dropout is 0 outside training,
+positions are already in queries and keys, and the cache is ours."""
 
 
 class Attends(Protocol):
@@ -102,16 +108,34 @@ class StoreOnly:
         return query.transpose(1, 2)  # of the right shape; nobody reads it
 
 
+@dataclass(frozen=True, slots=True)
+class _NoCache:
+    """Neither stores nor attends: for running the layers once to see what they pass to attention."""
+
+    def store(self, layer: int, key: Tensor, value: Tensor) -> None: ...
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
+        return query.transpose(1, 2)
+
+
 def use_packed_attention(model: PreTrainedModel) -> None:
     """Makes the text model of `model` attend through the `step=` it is called with. Its vision tower keeps its own
-    attention. From here on the model belongs to the engine: `generate` would find no step."""
+    attention. From here on the model belongs to the engine: `generate` would find no step.
+
+    Raises CheckpointError where a layer asks for attention that the steps do not compute (sinks, a soft cap, a mask of
+    its own): one token is run through the layers to see.
+    """
     AttentionInterface.register(ATTENTION, _attend)
-    AttentionMaskInterface.register(ATTENTION, _no_mask)
     model.set_attn_implementation({"text_config": ATTENTION})
-    if model.config.get_text_config()._attn_implementation != ATTENTION:
+    text = model.config.get_text_config()
+    if text._attn_implementation != ATTENTION:
         raise ValueError(f"{type(model).__name__}: its text model does not take another attention")
     layers = model.model.language_model.layers
     layers[-1] = LastLayer(layers[-1])
+    with torch.inference_mode():
+        embeds = torch.zeros(1, 1, text.hidden_size, dtype=model.dtype, device=model.device)
+        positions = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+        packed_forward(model, embeds, positions, Pass(_NoCache()))
 
 
 def packed_forward(model: PreTrainedModel, embeds: Tensor, positions: Tensor, forward: Pass) -> Tensor:
@@ -182,13 +206,16 @@ def _attend(
     scaling: float,
     step: Attends,
     sliding_window: int | None = None,
-    **_: object,
+    **others: object,
 ) -> tuple[Tensor, None]:
+    others["attention_mask"] = attention_mask
+    unknown = [name for name, value in others.items() if value is not None and name not in _HARMLESS]
+    if unknown:
+        raise CheckpointError(
+            f"{type(module).__name__} passes {', '.join(unknown)} to attention, which the continuous engine cannot "
+            "apply; model.engine: reference applies it"
+        )
     return step.attend(module.layer_idx, query, key, value, scaling, sliding_window), None  # type: ignore[arg-type]
-
-
-def _no_mask(*_: object, **__: object) -> None:
-    return None
 
 
 def window_mask(

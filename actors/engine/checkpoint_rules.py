@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from actors.engine.scheduler import Sequence
 from actors.families.checkpoint import CheckpointError
@@ -104,6 +104,20 @@ class CheckpointRules:
     def _is_short(self, sequence: Sequence) -> bool:
         length = len(sequence.generated)
         return length < self.min_new_tokens or sequence.prompt_length + length < self.min_length
+
+
+def check_positions(text_config: PreTrainedConfig) -> None:
+    """Raises CheckpointError for rotary embeddings whose frequencies transformers takes from the longest row of a
+    forward pass (rope types `dynamic` and `longrope`): packed, a row's text would depend on the rows beside it."""
+    parameters = getattr(text_config, "rope_parameters", None) or {}
+    layered = [each for each in parameters.values() if isinstance(each, dict)]  # one for each kind of layer
+    for each in layered or [parameters]:
+        kind = each.get("rope_type") or "default"
+        if "dynamic" in kind or kind == "longrope":
+            raise CheckpointError(
+                f"the checkpoint's config.json sets rope_type={kind!r}, whose frequencies depend on a row's length, "
+                "which the continuous engine cannot apply to rows together; model.engine: reference applies it"
+            )
 
 
 def _refusal(name: str, config: GenerationConfig) -> CheckpointError:

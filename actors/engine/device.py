@@ -20,7 +20,7 @@ from actors.engine.cpu_kernels import attention_kernel
 from actors.engine.cpu_layers import prepare_layers
 from actors.engine.experts import choose_experts
 from actors.engine.kv_cache import KVShape
-from actors.engine.paged import PagedCache
+from actors.engine.paged import PagedCache, flash_agrees
 from actors.engine.scheduler import Limits
 from actors.families.base import Family
 
@@ -59,9 +59,12 @@ def prepare_device(
     if kv_tokens is None:
         fits = _cache_bytes(model, limits) // shape.bytes_per_token
         kv_tokens = max(1, min(fits, limits.sequences * family.max_positions))
+    heads = model.config.get_text_config().num_attention_heads
     if kind == "cuda":
-        return Device(PagedCache(shape, kv_tokens, model.device), limits, tiles)
-    group = model.config.get_text_config().num_attention_heads // shape.heads
+        cache = PagedCache(shape, kv_tokens, model.device)
+        cache.flash = flash_agrees(shape, heads, model.device)
+        return Device(cache, limits, tiles)
+    group = heads // shape.heads
     kernel = attention_kernel(shape.heads, group, shape.head_dim, shape.dtype)
     return Device(CpuCache(shape, kv_tokens, kernel), limits, tiles)
 

@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from actors.engine.attention import use_packed_attention
-from actors.engine.checkpoint_rules import CheckpointRules
+from actors.engine.checkpoint_rules import CheckpointRules, check_positions
 from actors.engine.device import prepare_device
 from actors.engine.failures import describe, is_fatal, is_out_of_memory, row_error
 from actors.engine.model_runner import ModelRunner
@@ -41,7 +41,7 @@ class ContinuousEngine:
     """Generates for many requests at once, on the model's device and in its dtype. The model belongs to the engine.
 
     `limits` and `kv_tokens` (tokens of cache) are derived from the device unless given. Raises CheckpointError where
-    the checkpoint's generation config asks for what this engine cannot do.
+    the checkpoint asks for what this engine cannot do, and DeviceLost.
     """
 
     def __init__(
@@ -52,8 +52,9 @@ class ContinuousEngine:
         kv_tokens: int | None = None,
     ) -> None:
         self.family = family
-        vocabulary = model.config.get_text_config().vocab_size
-        self.rules = CheckpointRules.of(model.generation_config, family.eos_token_ids, vocabulary)
+        text = model.config.get_text_config()
+        self.rules = CheckpointRules.of(model.generation_config, family.eos_token_ids, text.vocab_size)
+        check_positions(text)
         use_packed_attention(model)
         device = prepare_device(model.eval(), family, limits, kv_tokens)
         self.cache = device.cache

@@ -1,7 +1,7 @@
 """What an exception from the device means: no memory, no device any more, or one odd row.
 
-The one idea: out-of-memory and row errors are dealt with inside; only a lost device ends the engine, because after it
-every further call in the process fails.
+Out-of-memory and row errors are dealt with inside; only a lost device ends the engine, because after it every further
+call in the process fails.
 """
 
 from __future__ import annotations
@@ -21,6 +21,19 @@ def is_out_of_memory(error: BaseException) -> bool:
 def is_fatal(error: BaseException) -> bool:
     """Whether the device's context is lost, as after an illegal address or an ECC error."""
     return isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error)
+
+
+def device_is_lost(device: torch.device) -> bool:
+    """Whether `device` computes no more. For errors that may or may not mean it: a CUDA graph that cannot be captured
+    raises the same AcceleratorError on a healthy device."""
+    for _ in range(2):  # the first call may only report what is left of the error that raised the question
+        try:
+            torch.zeros(1, device=device).add_(1).item()  # `item` waits for the device
+            return False
+        except Exception as error:
+            if is_out_of_memory(error):
+                return False
+    return True
 
 
 def row_error(error: BaseException) -> RowError:

@@ -1,13 +1,16 @@
 """CUDA graphs for decoding: a step of one token a sequence is launched as one piece.
 
-The one idea: such a step has the same shape every time but for its number of rows, and launching its thousand small
-kernels one by one costs the host 8 - 30 ms, longer than the device needs to run them. So it is captured once at each of
-a ladder of batch sizes, over buffers that stay; a step fills the buffers of the next larger size and replays it. Rows
-beyond the batch write to the cache's spare page and are read by nobody.
+Such a step has the same shape every time but for its number of rows, and launching its thousand small kernels one by
+one costs the host 8 - 30 ms, longer than the device needs to run them. So it is captured at each of a ladder of batch
+sizes, over buffers that stay, when the engine starts: a capture that fails then costs speed, not rows. A step fills the
+buffers of the next larger size and replays it. Rows beyond the batch write to the cache's spare page and are read by
+nobody.
 """
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import Any
@@ -16,8 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from actors.engine.failures import describe, device_is_lost
 from actors.engine.paged import PAGE, PagedCache, PagedStep, slot_of
 from actors.engine.scheduler import Chunk
+from actors.engine.types import DeviceLost
+
+log = logging.getLogger(__name__)
 
 Decode = Callable[[Tensor, Tensor, PagedStep], Tensor]
 """ids int64 [B], positions int64 [B] and their step -> logits [B, V]."""
@@ -25,24 +32,40 @@ Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 """A call over fixed buffers -> what repeats it, and where its result lies."""
 
 
-class DecodeGraphs:
-    """Decoding steps of up to `rows` sequences of up to `tokens` tokens."""
+def capture_decoding(cache: PagedCache, decode: Decode, rows: int, tokens: int) -> DecodeGraphs | None:
+    """Graphs for decoding steps of up to `rows` sequences of up to `tokens` tokens; None where they cannot be
+    captured, and the log says why. Raises DeviceLost where the device is gone with the attempt."""
+    begin = time.perf_counter()
+    try:
+        graphs = DecodeGraphs(cache, decode, rows, tokens, CudaCapture())
+    except Exception as error:
+        if device_is_lost(cache.device):
+            raise DeviceLost(describe(error)) from error
+        reason = describe(error).splitlines()[0]
+        log.warning("decoding runs without CUDA graphs, since their capture failed: %s", reason)
+    else:
+        seconds = time.perf_counter() - begin
+        log.info("captured CUDA graphs for decoding %s sequences in %.1f s", graphs.ladder, seconds)
+        return graphs
+    torch.cuda.empty_cache()  # what the graphs before it held
+    return None
 
-    def __init__(
-        self, cache: PagedCache, decode: Decode, rows: int, tokens: int, capture: Capture | None = None
-    ) -> None:
-        self.cache, self._decode, self._capture = cache, decode, capture or CudaCapture()
+
+class DecodeGraphs:
+    """Decoding steps of up to `rows` sequences of up to `tokens` tokens, captured."""
+
+    def __init__(self, cache: PagedCache, decode: Decode, rows: int, tokens: int, capture: Capture) -> None:
+        self.cache, self._decode, self._capture = cache, decode, capture
         self.ladder = ladder(rows)
         self._pages = -(-tokens // PAGE)
-        self._captured: dict[int, _Captured] = {}
+        # The largest first: the smaller ones then find room in the memory it left in the pool.
+        self._captured = {size: self._at(size) for size in reversed(self.ladder)}
 
     def __call__(self, chunks: Seq[Chunk], ids: Seq[int]) -> Tensor | None:
         """Logits [R, V] of a step over decoding `chunks` and their last ids; None where no captured size fits."""
         size = next((size for size in self.ladder if size >= len(chunks)), None)
         if size is None or max(chunk.end for chunk in chunks) > self._pages * PAGE:
             return None
-        if size not in self._captured:
-            self._captured[size] = self._at(size)
         captured = self._captured[size]
         captured.fill(self.cache, chunks, ids)
         captured.replay()
@@ -55,11 +78,14 @@ class DecodeGraphs:
         slots.fill_(spare * PAGE)
         ends = torch.ones(size, dtype=torch.int32, device=device)
         table = torch.full((size, self._pages), spare, dtype=torch.int32, device=device)
-        starts = torch.arange(size + 1, dtype=torch.int32, device=device)
-        step = PagedStep(self.cache, slots, starts, ends, table, (1, self._pages * PAGE), [(0, 1)] * size)
+        cu_seq_q = torch.arange(size + 1, dtype=torch.int32, device=device)
+        cu_seq_k = torch.zeros(size + 1, dtype=torch.int32, device=device)
+        longest = 1, self._pages * PAGE
+        step = PagedStep(self.cache, slots, cu_seq_q, cu_seq_k, ends, table, longest, [(0, 1)] * size)
 
         def run() -> Tensor:
             ends.copy_(packed[3])
+            cu_seq_k[1:].copy_(packed[3].cumsum(0))
             table.copy_(packed[4:].t())
             return self._decode(ids, positions, step)
 
@@ -112,7 +138,8 @@ class CudaCapture:
                 run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # The outer context is for captures that fail: torch's own then leaves its stream the current one.
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self._pool):
             logits = run()
         self._pool = graph.pool()
         return graph.replay, logits

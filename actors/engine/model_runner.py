@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from actors.engine.attention import Pass, Step, packed_forward
 from actors.engine.checkpoint_rules import CheckpointRules
 from actors.engine.device import Device
-from actors.engine.graphs import DecodeGraphs
+from actors.engine.graphs import DecodeGraphs, capture_decoding
 from actors.engine.paged import PagedCache, upload
 from actors.engine.sampling import Sampled, sample
 from actors.engine.scheduler import Chunk, Sequence
@@ -44,9 +44,10 @@ class ModelRunner:
         self._embed = model.get_input_embeddings()
         self._graphs: DecodeGraphs | None = None
         if isinstance(device.cache, PagedCache) and device.cache.flash:
-            self._graphs = DecodeGraphs(
-                device.cache, self._decode, device.limits.sequences, family.max_positions
-            )
+            with torch.inference_mode():
+                self._graphs = capture_decoding(
+                    device.cache, self._decode, device.limits.sequences, family.max_positions
+                )
 
     def encode(self, sequences: Seq[Sequence]) -> None:
         """Sets the image features of sequences, micro-batched across rows: a small image does not run alone."""

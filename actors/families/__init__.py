@@ -6,8 +6,9 @@ The one idea: config.json's model_type names the family; a family's module is im
 import importlib
 from typing import TYPE_CHECKING
 
+from actors.checkpoint_files import CheckpointError, HubError
 from actors.families.base import Family, ImageLayout, PromptError
-from actors.families.checkpoint import CheckpointError, read_checkpoint, read_model_type
+from actors.families.checkpoint import explained, read_checkpoint, read_model_type
 from actors.families.messages import Message, text_message, user_message
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ __all__ = [
     "FAMILIES",
     "CheckpointError",
     "Family",
+    "HubError",
     "ImageLayout",
     "Message",
     "PromptError",
@@ -44,11 +46,8 @@ def load_family(path: str, revision: str | None = None, trust_remote_code: bool 
         raise CheckpointError(f"{path}: model_type {model_type!r} is not served; Tessera serves {served}")
     module, name = FAMILIES[model_type]
     family: type[Family] = getattr(importlib.import_module(module), name)
-    try:
-        checkpoint = read_checkpoint(path, revision, trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise error if isinstance(error, CheckpointError) else CheckpointError(f"{path}: {error}") from error
-    return family(checkpoint)
+    with explained(path, revision, "processor_config.json", "preprocessor_config.json"):
+        return family(read_checkpoint(path, revision, trust_remote_code))
 
 
 def load_model(

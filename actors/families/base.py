@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 from numpy.typing import NDArray
 from torch import Tensor
 
 from actors.errors import RowError
 from actors.families.checkpoint import Checkpoint, CheckpointError
-from actors.families.messages import Kind, Message, parts, slots, texts
+from actors.families.messages import Kind, Message, parts, slots, text_message, texts
 from actors.images.normalize import PixelTable
 
 if TYPE_CHECKING:
@@ -138,6 +138,15 @@ class Family(ABC):
         `pixels` as in `model_inputs`. Raises ValueError naming the picture whose feature count is not its
         `layout.tokens`.
         """
+
+    def check_chat(self) -> None:
+        """Raises CheckpointError unless the chat template is there and can be parsed."""
+        try:
+            self.render([text_message("user", "?")])
+        except PromptError as error:
+            reason = error.__cause__  # other refusals are of this message, not of a row's
+            if isinstance(reason, TemplateSyntaxError):
+                raise CheckpointError(f"{self.path}: the chat template is not valid: {reason}") from None
 
     def check_videos(self) -> None:
         """Raises CheckpointError, saying why, unless rows of this checkpoint may have videos."""

@@ -6,10 +6,11 @@ The one idea: the 4.x layout (`preprocessor_config.json`, optional `processor_co
 precedence. No stock processor is constructed, so torchvision is never needed. No weights are read.
 """
 
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import (
@@ -21,9 +22,9 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from actors.checkpoint_files import CONFIG, CheckpointError, HubError, check_name, no_config, parse_object
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used: it breaks the job, not a row."""
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +48,22 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str, revision: str | None, trust_remote_code: bool) -> Checkpoint:
-    """Read the configs, tokenizer and chat template of a local folder or a hub id."""
+    """Read the configs, tokenizer and chat template of a local folder or a hub id. Raises CheckpointError."""
     path = os.fspath(path)
-    config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    with explained(path, revision, CONFIG):
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    # Without a vocabulary transformers may make an empty tokenizer.
+    if not any(_file(path, name, revision) for name in _TOKENIZERS):
+        raise CheckpointError(f"{path}: no tokenizer there: none of {', '.join(_TOKENIZERS)}")
+    with explained(path, revision, "tokenizer.json", "tokenizer_config.json"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=revision, trust_remote_code=trust_remote_code
+        )
     processor = read_json(path, "processor_config.json", revision) or {}
-    image_processor = processor.get("image_processor")
+    image_processor = _part(path, processor, "image_processor")
     if image_processor is None:
         image_processor = read_json(path, "preprocessor_config.json", revision) or {}
-    video_processor = processor.get("video_processor")
+    video_processor = _part(path, processor, "video_processor")
     if video_processor is None:
         video_processor = read_json(path, "video_preprocessor_config.json", revision) or image_processor
     generation = read_json(path, "generation_config.json", revision)
@@ -76,32 +84,40 @@ def read_checkpoint(path: str, revision: str | None, trust_remote_code: bool) ->
 
 def read_model_type(path: str, revision: str | None) -> str:
     """`model_type` of the checkpoint's config.json; CheckpointError when there is none to read."""
-    if os.path.isabs(path) and not os.path.isdir(path):
-        raise CheckpointError(f"{path}: no such checkpoint folder")
-    try:
-        config = read_json(path, "config.json", revision)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot read the checkpoint: {error}") from error
-    if config is None:
-        raise CheckpointError(f"{path}: no config.json there, so it is not a checkpoint")
-    model_type = config.get("model_type")
+    check_name(path)
+    with explained(path, revision, CONFIG):
+        # None where it is not there; raises where the hub does not say, unlike `_file`.
+        file = cached_file(path, CONFIG, revision=revision)
+    if file is None:
+        raise no_config(path)
+    model_type = parse_object(path, CONFIG, Path(file).read_bytes()).get("model_type")
     if not isinstance(model_type, str):
-        raise CheckpointError(f"{path}: config.json has no model_type")
+        raise CheckpointError(f"{path}: {CONFIG} has no model_type")
     return model_type
 
 
 def read_json(path: str, name: str, revision: str | None) -> dict[str, Any] | None:
     """A JSON object of the checkpoint, or None where the file is not there."""
-    text = _read_text(path, name, revision)
-    if text is None:
-        return None
+    file = _file(path, name, revision)
+    return None if file is None else parse_object(path, name, file.read_bytes())
+
+
+@contextmanager
+def explained(path: str, revision: str | None, *files: str) -> Iterator[None]:
+    """Turns what is raised while files of a checkpoint are used into a CheckpointError that names the file."""
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}: {name} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: {name} holds no JSON object")
-    return value
+        yield
+    except CheckpointError:
+        raise
+    # Of many kinds: OSError, KeyError, huggingface_hub's StrictDataclassError, plain Exceptions of tokenizers.
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        message = f"{path}: cannot use its {' or '.join(files)}: {reason}"
+        if isinstance(error, OSError) and not os.path.isdir(path):
+            raise HubError(message) from error
+        for name in files:
+            read_json(path, name, revision)  # raises for the one that is no JSON
+        raise CheckpointError(message) from error
 
 
 def square_side(size: object) -> int:
@@ -115,12 +131,16 @@ def square_side(size: object) -> int:
     raise CheckpointError(f"the image processor's size must be one square, found {size!r}")
 
 
-def _read_text(path: str, name: str, revision: str | None) -> str | None:
+def _part(path: str, processor: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    part = processor.get(name)
+    if part is not None and not isinstance(part, Mapping):
+        raise CheckpointError(f"{path}: processor_config.json's {name} is no object, but {part!r}")
+    return part
+
+
+def _file(path: str, name: str, revision: str | None) -> Path | None:
     file = cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-    if file is None:
-        return None
-    with open(file, encoding="utf-8") as reader:
-        return reader.read()
+    return None if file is None else Path(file)
 
 
 def _chat_template(
@@ -128,10 +148,11 @@ def _chat_template(
 ) -> str | None:
     """The default template, in the stock processors' order of precedence, then the tokenizer's."""
     legacy = read_json(path, "chat_template.json", revision) or {}
+    jinja = _file(path, "chat_template.jinja", revision)
     candidates = (
         processor.get("chat_template"),
         legacy.get("chat_template"),
-        _read_text(path, "chat_template.jinja", revision),
+        None if jinja is None else jinja.read_text("utf-8"),
         tokenizer.chat_template,
     )
     for template in candidates:

@@ -3,12 +3,14 @@
 import ctypes
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pyarrow as pa
 import pytest
 import torch
 
 from actors.columns import ERROR, IDENTITY, RESULT_SCHEMA, error_value
+from actors.engine.engine import ContinuousEngine
 from actors.engine.reference import ReferenceEngine
 from actors.errors import RowError
 from actors.families import load_family, load_model
@@ -124,14 +126,15 @@ def test_the_engine_computes_on_the_threads_it_was_given(monkeypatch):
         actor = Generate(replace(generate_config(path), engine="continuous", threads=before + 1))
         openmp = ctypes.CDLL(str(next(Path(torch.__file__).parent.glob("lib/libgomp*.so*"))))
         seen = set()
-        step = actor.engine.runner.step
+        runner = cast(ContinuousEngine, actor.engine).runner
+        step = runner.step
 
         def counted(chunks):
             sampled = step(chunks)
             seen.add((torch.get_num_threads(), openmp.omp_get_max_threads()))
             return sampled
 
-        monkeypatch.setattr(actor.engine.runner, "step", counted)
+        monkeypatch.setattr(runner, "step", counted)
         actor(block)
         assert seen == {(before + 1, before + 1)}
     finally:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from safetensors.torch import load_file, save_file
 
 from actors.generate import Generate
 from actors.preprocess import Preprocess
@@ -156,7 +158,7 @@ def test_videos_are_captioned_as_by_generate(tmp_path, ray_address):
 
     other = [*arguments, f"--set=model.path={untrained('fuyu')}", f"--set=output.path={tmp_path / 'other'}"]
     refused = tessera("run", SPEC, *other)  # before any cluster is asked for
-    assert refused.code == 1 and "input.video: " in refused.err
+    assert refused.code == 2 and "input.video: " in refused.err
     assert refused.err.splitlines()[-1].endswith("fuyu takes no videos; LLaVA-OneVision does")
 
 
@@ -327,12 +329,7 @@ def test_another_jobs_output_is_not_touched(job):
 
 def test_a_broken_job_exits_1_with_one_sentence(tmp_path, ray_address):
     write_dataset(tmp_path / "in", rows=3, shards=1, seed=1)
-    done = tessera("run", SPEC, *options(tmp_path, model__path=tmp_path / "nowhere"))
-    assert done.code == 1
-    assert (
-        done.err.splitlines()[-1] == f"tessera: model.path: {tmp_path / 'nowhere'}: no such checkpoint folder"
-    )
-    greedy = options(tmp_path, resources__generate__gpus=8)  # the output of the broken job is free to be used
+    greedy = options(tmp_path, resources__generate__gpus=8)
     done = tessera("run", SPEC, *greedy, RAY_ADDRESS=ray_address)
     assert done.code == 1 and done.err.splitlines()[-1].startswith(
         "tessera: the job needs 8 GPUs and the cluster has 2"
@@ -341,15 +338,41 @@ def test_a_broken_job_exits_1_with_one_sentence(tmp_path, ray_address):
     assert done.code == 1 and "no Ray cluster answers at RAY_ADDRESS=127.0.0.1:1" in done.err
 
 
+def test_a_checkpoint_that_cannot_be_used_is_refused_before_anything_is_written(tmp_path):
+    write_dataset(tmp_path / "in", rows=3, shards=1, seed=1)
+    folder = shutil.copytree(untrained("llava_onevision"), tmp_path / "llava")
+
+    def refused(model, code, reason, **network):
+        done = tessera(
+            "run", SPEC, *options(tmp_path, model__path=model), RAY_ADDRESS="127.0.0.1:1", **network
+        )
+        *phases, told = done.err.splitlines()
+        assert (done.code, told[: len(reason)]) == (code, reason)
+        assert phases[0].startswith("looking at") and phases[-1].startswith("looking at"), phases
+        assert not (tmp_path / "out").exists()
+
+    refused(
+        tmp_path / "lava", 2, f"tessera: model.path: {tmp_path}/lava: no such folder (did you mean {folder}?)"
+    )
+    (folder / "tokenizer.json").unlink()
+    refused(folder, 2, f"tessera: model.path: {folder}: no tokenizer there: none of tokenizer.json, ")
+    os.truncate(folder / "model.safetensors", 500)
+    refused(
+        folder, 2, f"tessera: model.path: {folder}: model.safetensors is truncated or damaged (500 bytes: "
+    )
+    hub = {"HF_ENDPOINT": "http://127.0.0.1:1", "HF_HOME": str(tmp_path)}
+    unreachable = "no such folder here, and the hub cannot be reached at http://127.0.0.1:1 "
+    refused("org/model", 1, f"tessera: model.path: org/model: {unreachable}", **hub)
+
+
 @pytest.mark.parametrize("family", ["aria", "fuyu"])
-def test_weights_that_cannot_be_read_break_the_job(tmp_path, ray_address, family):
-    broken = tmp_path / "checkpoint"
-    broken.mkdir()
-    for path in Path(untrained(family)).iterdir():
-        data = path.read_bytes()
-        (broken / path.name).write_bytes(data[:500] if path.suffix == ".safetensors" else data)
+def test_weights_that_cannot_be_loaded_break_the_job(tmp_path, ray_address, family):
+    broken = shutil.copytree(untrained(family), tmp_path / "checkpoint")
+    weights = load_file(broken / "model.safetensors")
+    del weights["language_model.lm_head.weight"]
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
     write_dataset(tmp_path / "in", rows=3, shards=1, seed=1)
     done = tessera(
         "run", f"examples/{family}.yaml", *options(tmp_path, model__path=broken), RAY_ADDRESS=ray_address
     )
-    assert done.code == 1 and "SafetensorError" in done.err.splitlines()[-1]
+    assert done.code == 1 and "1 weights are missing, e.g. lm_head.weight" in done.err.splitlines()[-1]

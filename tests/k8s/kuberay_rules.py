@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 MAX_RAYJOB_NAME = 47  # leaves room for the suffixes of the RayCluster and its pods within 63 characters
-CRON_SUFFIX = len("-29000000")  # a CronJob's Jobs carry the scheduled minute
+DEADLINES = ("activeDeadlineSeconds", "preRunningDeadlineSeconds")  # of each try, from its start
 DRAIN_SECONDS = 30  # Ray's own, on SIGTERM
 
 
@@ -34,6 +34,9 @@ def _job(metadata: Mapping[str, Any], spec: Mapping[str, Any]) -> Iterator[str]:
     shutdown = spec.get("shutdownAfterJobFinishes", False)
     if spec.get("ttlSecondsAfterFinished", 0) > 0 and not shutdown:
         yield "ttlSecondsAfterFinished needs shutdownAfterJobFinishes"
+    for name in DEADLINES:
+        if spec.get(name, 1) <= 0:
+            yield f"{name} is not positive"
     if spec.get("suspend") and not shutdown:
         yield "suspend needs shutdownAfterJobFinishes"
     if spec.get("suspend") and spec.get("clusterSelector"):

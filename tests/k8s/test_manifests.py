@@ -2,7 +2,9 @@
 
 import copy
 import functools
-import os
+import json
+import math
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -16,6 +18,7 @@ import yaml
 
 from pipeline.spec import load_spec
 from tests.k8s import kuberay_rules as rules
+from tests.k8s.fake_cluster import CRON, FakeCluster, merged
 
 ROOT = Path(__file__).parents[2]
 K8S = ROOT / "k8s"
@@ -113,6 +116,7 @@ def test_the_rayjob_keeps_the_rules_no_schema_states():
             "SidecarMode excludes",
         ),
         (lambda job: job["spec"].pop("entrypoint"), "entrypoint is missing"),
+        (lambda job: job["spec"].update(preRunningDeadlineSeconds=0), "preRunningDeadlineSeconds is not"),
         (lambda job: job["metadata"].update(name="2am"), "no DNS label"),
         (
             lambda job: group(job).update(resources={"CPU": "1"}, rayStartParams={"num-cpus": "1"}),
@@ -168,18 +172,7 @@ def test_runs_do_not_overlap_and_names_fit():
     cron = cronjob()
     assert cron["apiVersion"] == "batch/v1"
     assert cron["spec"]["concurrencyPolicy"] == "Forbid"
-    assert len(cron["metadata"]["name"]) + rules.CRON_SUFFIX <= rules.MAX_RAYJOB_NAME
-
-
-def test_the_cron_account_may_do_what_its_script_does_and_nothing_else():
-    account, role, binding = documents("cronjob.yaml")[1:]
-    assert role["rules"] == [{"apiGroups": ["ray.io"], "resources": ["rayjobs"], "verbs": ["get", "create"]}]
-    assert binding["roleRef"]["name"] == role["metadata"]["name"]
-    assert binding["subjects"][0]["name"] == account["metadata"]["name"] == cron_pod()["serviceAccountName"]
-    (script,) = cron_pod()["containers"][0]["args"]
-    verbs = {line.split("kubectl ")[1].split()[0] for line in script.splitlines() if "kubectl " in line}
-    assert verbs == {"get", "create", "patch"}
-    assert "kubectl patch --local" in script
+    assert len(cron["metadata"]["name"]) <= 52  # its Jobs' names end in -<minutes>, 63 characters in all
 
 
 # Secrets, references between files, versions
@@ -259,62 +252,165 @@ def test_kustomize_renders():
     assert yaml.safe_load(maps["tessera-job"]["job.yaml"])["name"] == load_spec(K8S / "job.yaml").name
 
 
-# The script of the CronJob, run against a kubectl that answers from files
+# The script of the CronJob, run in a fake cluster (fake_cluster.py)
 
-FAKE_KUBECTL = """#!/bin/sh
-cd "$FAKE"
-case "$*" in
-  "get rayjob"*--ignore-not-found*) [ ! -e created ] || echo "rayjob.ray.io/$JOB" ;;
-  "get rayjob"*jobDeploymentStatus*) head -n 1 states; sed -i 1d states ;;
-  "get rayjob"*status.message*) echo "because" ;;
-  patch*) printf '%s' "$*" > patched; echo manifest ;;
-  create*) cat > created ;;
-  *) exit 9 ;;
-esac
-"""
+UID = "1a2b3c4d-5e6f-4a7b-8c9d-0e1f2a3b4c5d"
+TONIGHT = "tessera-29540000"
 
 
-def run_cron(folder: Path, states: str, created: bool = False) -> int:
-    for name, text in {"kubectl": FAKE_KUBECTL, "sleep": "#!/bin/sh\n"}.items():
-        (folder / name).write_text(text)
-        (folder / name).chmod(0o755)
-    (folder / "states").write_text(states)
-    if created:
-        (folder / "created").write_text("earlier")
-    container = cron_pod()["containers"][0]
-    environment = {
-        "PATH": f"{folder}:{os.environ['PATH']}",
-        "FAKE": str(folder),
-        "JOB": "tessera-1",
-        "JOB_UID": "u-1",
-    }
-    return subprocess.run([*container["command"], *container["args"]], env=environment, timeout=60).returncode
+def cron_script() -> str:
+    (script,) = cron_pod()["containers"][0]["args"]
+    return script
 
 
-def test_the_cron_script_creates_a_rayjob_and_waits_for_it(tmp_path: Path):
-    assert (
-        run_cron(
-            tmp_path,
-            "/\nInitializing/\nRunning/RUNNING\nRetrying/FAILED\nRunning/RUNNING\nComplete/SUCCEEDED\n",
+class Night:
+    """A Job of the CronJob in a fake cluster. `pod` runs its pod, or one in its place, and returns the exit status."""
+
+    def __init__(self, folder: Path, job: str = TONIGHT, **cluster: Any) -> None:
+        (mount,) = cron_pod()["containers"][0]["volumeMounts"]
+        self.cluster = FakeCluster(
+            folder, {f"{mount['mountPath']}/rayjob.yaml": K8S / "rayjob.yaml"}, **cluster
         )
-        == 0
-    )
-    assert (tmp_path / "created").read_text() == "manifest\n"
-    patch = yaml.safe_load((tmp_path / "patched").read_text().partition("--patch ")[2])
-    owner = {"apiVersion": "batch/v1", "kind": "Job", "name": "tessera-1", "uid": "u-1"}
-    assert patch == {"metadata": {"name": "tessera-1", "ownerReferences": [owner]}}
+        self.job(job)
+
+    def job(self, name: str, uid: str = UID) -> None:
+        self.environment = {"JOB": name, "JOB_UID": uid}
+        self.cluster.jobs[name] = uid, CRON
+
+    def pod(self, script: str | None = None) -> int:
+        command = [*cron_pod()["containers"][0]["command"], script or cron_script()]
+        status, self.said = self.cluster.run(command, self.environment)
+        return status
 
 
-@pytest.mark.parametrize("state", ["Failed/FAILED", "Complete/STOPPED", "ValidationFailed/"])
-def test_the_cron_script_reports_failure_for_good(tmp_path: Path, state: str):
+def failed_for_good() -> int:
+    """The exit status after which the Job starts no other pod."""
     (rule,) = cronjob()["spec"]["jobTemplate"]["spec"]["podFailurePolicy"]["rules"]
-    assert run_cron(tmp_path, f"Running/RUNNING\n{state}\n") in rule["onExitCodes"]["values"]
+    assert rule["action"] == "FailJob"
+    (status,) = rule["onExitCodes"]["values"]
+    return status
 
 
-def test_a_replaced_cron_pod_waits_for_the_rayjob_it_finds(tmp_path: Path):
-    assert run_cron(tmp_path, "Complete/SUCCEEDED\n", created=True) == 0
-    assert (tmp_path / "created").read_text() == "earlier"
-    assert not (tmp_path / "patched").exists()
+@pytest.mark.parametrize("job", [TONIGHT, "tessera-now", "t" * 63])
+def test_the_cron_script_creates_a_rayjob_and_waits_for_it(tmp_path: Path, job: str):
+    night = Night(tmp_path, job, ray=["RUNNING", "FAILED", "RUNNING", "SUCCEEDED"])
+    assert night.pod() == 0, night.said
+    ((name, created),) = night.cluster.rayjobs.items()
+    owner = {"apiVersion": "batch/v1", "kind": "Job", "name": job, "uid": UID}
+    assert created["metadata"] == {"name": name, "ownerReferences": [owner]}
+    assert created["spec"] == rayjob()["spec"]
+    assert name.startswith(job[:38]) and len(name) <= rules.MAX_RAYJOB_NAME
+    assert set(night.cluster.jobs) == {job, name} and name != job, (
+        "the submitter is beside the CronJob's own Job"
+    )
+
+
+def test_a_rayjob_named_after_its_own_job_is_never_submitted(tmp_path: Path):
+    """The submitter's name is taken: only the deadline before Running ends the two tries."""
+    script, replaced = re.subn(r"(?m)^rayjob=.*$", "rayjob=$JOB", cron_script())
+    assert replaced == 1
+    night = Night(tmp_path, pace=80)
+    assert night.pod(script) == failed_for_good()
+    assert "ended as Failed/ PreRunningDeadlineExceeded" in night.said
+    assert night.cluster.rayjobs[TONIGHT]["status"]["failed"] == 2
+    assert set(night.cluster.jobs) == {TONIGHT}
+
+
+def test_a_job_created_again_does_not_take_its_predecessors_rayjob(tmp_path: Path):
+    night = Night(tmp_path, "tessera-now", ray=["SUCCEEDED", "FAILED", "FAILED"])
+    assert night.pod() == 0
+    night.cluster.jobs["kept"] = night.cluster.jobs["tessera-now"]  # the garbage collector is not there yet
+    night.job("tessera-now", uid="9f8e7d6c-5b4a-4392-8170-6f5e4d3c2b1a")
+    assert night.pod() == failed_for_good()
+    assert len(night.cluster.rayjobs) == 2
+
+
+@pytest.mark.parametrize(
+    ("ray", "words"),
+    [
+        (["RUNNING", "FAILED", "FAILED"], "ended as Failed/FAILED AppFailed"),
+        (["RUNNING", "STOPPED"], "ended as Complete/STOPPED"),
+        (["RUNNING", "DELETED"], "was deleted before it had ended"),
+    ],
+)
+def test_the_cron_script_reports_failure_for_good(tmp_path: Path, ray: list[str], words: str):
+    night = Night(tmp_path, ray=ray)
+    assert night.pod() == failed_for_good()
+    assert words in night.said
+    assert len(night.cluster.created) == 1
+
+
+def test_the_cron_script_says_what_kuberay_refuses(tmp_path: Path):
+    night = Night(tmp_path, job="by.hand")
+    assert night.pod() == failed_for_good()
+    assert "ended as ValidationFailed/  the name is no DNS label" in night.said
+
+
+@pytest.mark.parametrize(
+    ("nodes", "words"),
+    [(True, "Failed/RUNNING DeadlineExceeded"), (False, "Failed/ PreRunningDeadlineExceeded")],
+)
+def test_a_rayjob_that_hangs_ends_by_its_deadline(tmp_path: Path, nodes: bool, words: str):
+    night = Night(tmp_path, nodes=nodes, pace=80)
+    assert night.pod() == failed_for_good()
+    assert words in night.said
+    assert night.cluster.clock < cronjob()["spec"]["jobTemplate"]["spec"]["activeDeadlineSeconds"]
+
+
+def test_deadlines_leave_the_tries_their_time_and_the_next_night_its_own():
+    job, run = cronjob()["spec"]["jobTemplate"]["spec"], rayjob()["spec"]
+    hour, tries = 3600, run["backoffLimit"] + 1
+    assert run["preRunningDeadlineSeconds"] < run["activeDeadlineSeconds"] <= 23 * hour
+    assert (
+        job["activeDeadlineSeconds"] >= tries * run["activeDeadlineSeconds"] + hour
+    )  # for what lies between
+
+
+@pytest.mark.parametrize("began", [0, 45])
+def test_ten_minutes_without_the_api_server_are_survived(tmp_path: Path, began: int):
+    night = Night(tmp_path, away=(began, began + 600), ray=["RUNNING", "SUCCEEDED"])
+    assert night.pod() == 0
+    assert len(night.cluster.created) == 1
+
+
+def test_a_pod_gives_up_on_the_api_server_and_the_next_one_finds_the_rayjob(tmp_path: Path):
+    night = Night(tmp_path, away=(45, math.inf))
+    assert night.pod() not in (0, failed_for_good())
+    assert "60 requests in a row failed" in night.said
+    assert night.cluster.clock < 3600
+    night.cluster.away, night.cluster.ray = (0, 0), ["SUCCEEDED"]
+    assert night.pod() == 0
+    assert len(night.cluster.created) == 1
+
+
+def test_lost_answers_are_asked_for_again(tmp_path: Path):
+    night = Night(tmp_path, lost=["create", "get", "get"], ray=["SUCCEEDED"])
+    assert night.pod() == 0
+    assert len(night.cluster.created) == 1
+
+
+def test_the_cron_account_may_do_what_its_script_does_and_nothing_else(tmp_path: Path):
+    account, role, binding = documents("cronjob.yaml")[1:]
+    (rule,) = role["rules"]
+    assert (rule["apiGroups"], rule["resources"]) == (["ray.io"], ["rayjobs"])
+    assert binding["roleRef"]["name"] == role["metadata"]["name"]
+    assert binding["subjects"][0]["name"] == account["metadata"]["name"] == cron_pod()["serviceAccountName"]
+    for number, verb in enumerate(["none", *rule["verbs"]]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        night = Night(folder, verbs=[other for other in rule["verbs"] if other != verb], ray=["SUCCEEDED"])
+        assert (night.pod() == 0) == (verb == "none"), night.said
+
+
+def test_the_fake_patches_as_kubectl_does(tmp_path: Path):
+    kubectl = shutil.which("kubectl")
+    if kubectl is None:
+        pytest.skip("kubectl is not installed")
+    patch = {"metadata": {"name": "other", "ownerReferences": [{"uid": UID}]}}
+    options = ["--type", "merge", "--output", "yaml", "--patch", json.dumps(patch)]
+    command = [kubectl, "patch", "--local", "--filename", str(K8S / "rayjob.yaml"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert yaml.safe_load(done.stdout) == merged(rayjob(), patch)
 
 
 def test_the_dockerfile_copies_what_is_there():

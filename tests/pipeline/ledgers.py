@@ -46,7 +46,7 @@ class DyingStorage(Storage):
 
     deaths: Iterator[str | None] = field(default_factory=lambda: iter(()))
 
-    def __getstate__(self) -> dict[str, str]:
+    def __getstate__(self) -> dict[str, object]:
         raise TypeError("stays in its process")
 
     def put_atomic(self, path: str, data: bytes) -> None:

@@ -54,6 +54,15 @@ def test_every_other_file_models_read_counts_whole(checkpoint: Path) -> None:
     assert len(seen) == 5
 
 
+@pytest.mark.parametrize("begin", [b"\xff" * 8, bytes(8), (4).to_bytes(8, "little") + b"[{}]"])
+def test_a_damaged_file_that_no_model_is_read_from_counts(checkpoint: Path, begin: bytes) -> None:
+    before = weights_fingerprint(str(checkpoint))
+    (checkpoint / "consolidated.safetensors").write_bytes(begin + bytes(9 << 20))
+    damaged = weights_fingerprint(str(checkpoint))
+    (checkpoint / "consolidated.safetensors").write_bytes(begin + bytes([1]) * (9 << 20))
+    assert len({before, damaged, weights_fingerprint(str(checkpoint))}) == 3
+
+
 def test_a_hub_checkpoint_is_its_id_and_a_folder_its_files(checkpoint: Path) -> None:
     def fields(path: str) -> dict[str, Any]:
         spec = parse_spec({"input": {"path": "in"}, "model": {"path": path}, "output": {"path": "out"}})

@@ -140,6 +140,12 @@ def test_credentials_are_refused_and_never_repeated(url: str, name: str) -> None
     assert "hush" not in str(caught.value)
 
 
+def test_a_checkpoint_may_be_in_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert with_field("model.path", "~/llava").model.path == "/home/somebody/llava"
+    assert with_field("model.path", "org/~llava").model.path == "org/~llava"
+
+
 @pytest.mark.parametrize(
     "url", ["http://host:9000/a@b", "s3://bucket/a@b:c", "sftp://user@host/x", "C:/x@y", "/a/b"]
 )

@@ -107,6 +107,29 @@ def test_values_that_change_nothing_are_not_refused() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "rope_theta": 1000.0, "factor": 2.0},
+        {"rope_type": "longrope", "rope_theta": 1000.0, "short_factor": [1.0], "long_factor": [2.0]},
+        {"sliding_attention": {"rope_type": "default"}, "full_attention": {"rope_type": "dynamic"}},
+    ],
+)
+def test_frequencies_of_the_longest_row_are_refused(rope: dict[str, Any]) -> None:
+    one = subject("llava_onevision")
+    model = one.own_model()
+    model.config.get_text_config().rope_parameters = rope
+    with pytest.raises(CheckpointError, match=r"rope_type='(dynamic|longrope)'.*model\.engine: reference"):
+        ContinuousEngine(one.family, model)
+
+
+def test_frequencies_that_are_fixed_are_not_refused() -> None:
+    one = subject("llava_onevision")
+    model = one.own_model()
+    model.config.get_text_config().rope_parameters = {"full_attention": {"rope_type": "yarn"}}
+    ContinuousEngine(one.family, model)
+
+
 def test_a_rule_of_sampling_concerns_rows_that_sample() -> None:
     one, continuous, _ = configured({"min_p": 0.1, "typical_p": 0.9})
     greedy = one.request(ROWS[0])

@@ -1,6 +1,7 @@
 """Checkpoints load alike from both file layouts, fast, without ray or torchvision, or say why not."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from transformers import AutoProcessor
 
 from actors.families import (
     CheckpointError,
+    HubError,
     PromptError,
     load_family,
     load_model,
@@ -124,7 +126,7 @@ def test_decode_skips_special_tokens(llava_onevision: Subject) -> None:
 
 
 def test_broken_checkpoints_say_why(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no such checkpoint folder"):
+    with pytest.raises(CheckpointError, match="no such folder, and not a hub id"):
         load_family(str(tmp_path / "missing"))
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         load_family(str(tmp_path))
@@ -140,9 +142,67 @@ def test_broken_checkpoints_say_why(tmp_path: Path) -> None:
         CheckpointError, match="'gpt2' is not served; Tessera serves aria, aya_vision, fuyu, "
     ):
         load_family(str(tmp_path))
-    edit(config, model_type="aya_vision")
-    with pytest.raises(CheckpointError):
-        load_family(str(tmp_path))
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n"
+
+
+@pytest.mark.parametrize(
+    "file, content, reason",
+    [
+        ("tokenizer.json", None, "no tokenizer there: none of tokenizer.json, tokenizer.model, vocab.json"),
+        ("tokenizer.json", '{"version": "1.0", "added', "tokenizer.json is not valid JSON: "),
+        ("tokenizer.json", "{}", "cannot use its tokenizer.json or tokenizer_config.json: KeyError: "),
+        ("tokenizer.json", POINTER, "tokenizer.json is a Git LFS pointer, "),
+        ("tokenizer_config.json", "{", "tokenizer_config.json is not valid JSON: "),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json holds no JSON object"),
+        (
+            "config.json",
+            '{"model_type": "llava_onevision", "text_config": 7}',
+            "cannot use its config.json: ",
+        ),
+        ("config.json", "\0", "config.json is not valid JSON: "),
+        ("processor_config.json", '{"image', "processor_config.json is not valid JSON: "),
+        (
+            "processor_config.json",
+            '{"image_processor": 3}',
+            "processor_config.json's image_processor is no object, ",
+        ),
+        (
+            "processor_config.json",
+            '{"image_processor": {"image_mean": "x"}}',
+            "cannot use its processor_config.json or preprocessor_config.json: ",
+        ),
+        ("generation_config.json", "{", "generation_config.json is not valid JSON: "),
+        ("chat_template.jinja", "{% if %}", "the chat template is not valid: "),
+        ("chat_template.jinja", None, "the checkpoint has no chat template "),
+    ],
+)
+def test_a_damaged_file_is_named_in_one_sentence(
+    file: str, content: str | None, reason: str, tmp_path: Path
+) -> None:
+    path = shutil.copytree(checkpoints.untrained("llava_onevision"), tmp_path / "damaged")
+    (path / file).unlink()
+    if content is not None:
+        (path / file).write_text(content)
+    with pytest.raises(CheckpointError) as refused:
+        load_family(str(path)).check_chat()
+    assert str(refused.value).startswith(f"{path}: {reason}") and "\n" not in str(refused.value)
+
+
+def test_a_template_that_wants_other_messages_is_no_fault(tmp_path: Path) -> None:
+    path = shutil.copytree(checkpoints.untrained("llava_onevision"), tmp_path / "picky")
+    (path / "chat_template.jinja").write_text("{{ raise_exception('an image first') }}")
+    load_family(str(path)).check_chat()
+    load_family(checkpoints.untrained("fuyu")).check_chat()  # which has none
+
+
+def test_a_silent_hub_is_not_taken_for_a_missing_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        HubError, match=r"^org/nowhere: cannot use its config\.json: OSError: We couldn't connect"
+    ):
+        load_family("org/nowhere")
 
 
 def test_inconsistent_checkpoints_are_refused(tmp_path: Path) -> None:
