@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from actors.columns import ERROR, ROW
 from pipeline.files import in_parallel
 from pipeline.ledger import DATA, Ledger
-from pipeline.merge import part_rows, sealed_file
+from pipeline.merge import part_rows, sealed_file, winning_rows
 from pipeline.rows import RowSet
 from pipeline.shards import Shard, output_name
 
@@ -68,22 +68,33 @@ def _amend(ledger: Ledger, shard: Shard, parts: Sequence[str]) -> None:
     path = f"{DATA}/{output_name(shard.name)}"
     while True:
         data, version = ledger.storage.read_version(path)
-        before = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
-        tables = [part_rows(part, ledger.storage.read(part), shard, before.schema) for part in parts]
-        amended, _ = sealed_file(shard, _replaced(before, pa.concat_tables(tables)))
+        sealed = pq.ParquetFile(pa.BufferReader(data))
+        retried = [part_rows(part, ledger.storage.read(part), shard, sealed.schema_arrow) for part in parts]
+        amended, _ = sealed_file(shard, *_replaced(_row_groups(sealed), retried))
         if amended == data or ledger.storage.put_if(path, amended, version):
             return
 
 
-def _replaced(before: pa.Table, retried: pa.Table) -> pa.Table:
-    """`before` with its error rows replaced where `retried` (which has `_row`) holds them; captions win there."""
-    rows = retried[ROW].to_numpy()
-    failed = pc.is_valid(retried[ERROR]).to_numpy()
-    order = np.lexsort((np.arange(len(rows)), failed, rows))  # by row, captions first, then by part
-    chosen = order[np.diff(rows[order], prepend=-1) != 0]
-    was_error = pc.is_valid(before[ERROR]).to_numpy()
+def _row_groups(sealed: pq.ParquetFile) -> list[pa.Table]:
+    """The rows of a sealed file as `_row` and its columns, a table for each row group."""
+    tables: list[pa.Table] = []
+    start = 0
+    for group in range(sealed.num_row_groups):
+        table = sealed.read_row_group(group, use_threads=False).replace_schema_metadata(None)
+        rows = pa.array(np.arange(start, start + table.num_rows))
+        tables.append(table.add_column(0, pa.field(ROW, pa.int64()), rows))
+        start += table.num_rows
+    return tables
+
+
+def _replaced(
+    before: Sequence[pa.Table], retried: Sequence[pa.Table]
+) -> tuple[Sequence[pa.Table], np.ndarray]:
+    """The arguments of `sealed_file`: `before` with its error rows replaced where `retried` holds them."""
+    rows = np.concatenate([table[ROW].to_numpy() for table in retried])
+    was_error = np.concatenate([pc.is_valid(table[ERROR]).to_numpy() for table in before])
+    chosen = winning_rows(retried)
     chosen = chosen[was_error[rows[chosen]]]
-    source = np.arange(before.num_rows)
-    source[rows[chosen]] = before.num_rows + chosen
-    both = pa.concat_tables([before, retried.select(before.column_names)]).combine_chunks()
-    return both.take(source)
+    places = np.arange(len(was_error))
+    places[rows[chosen]] = len(was_error) + chosen
+    return [*before, *retried], places

@@ -8,9 +8,9 @@
 
 Ray Data moves the blocks, scales the actor pools and holds a fast stage back when the next one falls behind.
 
-What is done stands in the output's files and nowhere else. The driver lists them (`Ledger.plan`) to show progress
-and to seal shards whose last row has arrived, so killing the driver, an actor or the whole cluster loses only the
-blocks in flight, and the same command again does only what is missing.
+What is done stands in the output's files and nowhere else. The driver lists them (`Ledger.plan`) to show progress, to
+seal shards whose last row has arrived and to delete the parts they were made of (sealing.py), so killing the driver,
+an actor or the whole cluster loses only the blocks in flight, and the same command again does only what is missing.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -36,6 +37,7 @@ from pipeline.ledger import JOURNAL, RETRY, Ledger
 from pipeline.outcome import JobError, Outcome
 from pipeline.overlap import refuse_other_dataset, refuse_overlap
 from pipeline.progress import Display, Progress
+from pipeline.sealing import Sealing
 from pipeline.session import Session, open_session
 from pipeline.shards import Input, Shard, discover
 from pipeline.spec import JobSpec, SpecError
@@ -167,9 +169,9 @@ def _looked_at(spec: JobSpec, show: Display) -> tuple[Input, pa.Schema, Ledger]:
 
 
 def verified(ledger: Ledger, found: Input, show: Display) -> Verification:
-    """The recount of an output that should be complete; JobError if it is not."""
+    """The recount of an output that should be complete, by its footers; JobError if it is not."""
     show.phase("verifying")
-    verification = ledger.verify(found.shards, found.unreadable)
+    verification = ledger.verify(found.shards, found.unreadable, footers_only=True)
     if not verification.ok:
         raise JobError(f"the output at {ledger.storage.url} is {verification.describe()}")
     return verification
@@ -239,21 +241,21 @@ def dataset(
 
 def _caption(spec: JobSpec, session: Session, shards: Sequence[Shard], kept: pa.Schema, plan: Plan) -> None:
     """Runs the pipeline over what remains, and meanwhile shows progress and seals what is complete."""
+    import ray
+
+    from pipeline.cluster import IO_TASK_CPUS
     from pipeline.source import ShardWork
 
     work = [ShardWork(state.shard, state.remaining) for state in plan.to_caption]
-    sealing: dict[str, Any] = {}
+    task = ray.remote(num_cpus=IO_TASK_CPUS)
+    sealing = Sealing(
+        partial(task(_seal).remote, session.ledger, kept), partial(task(_discard).remote, session.ledger)
+    )
 
     def look() -> Progress:
-        import ray
-
-        from pipeline.cluster import IO_TASK_CPUS
-
         now = session.ledger.plan(shards)
-        seal = ray.remote(num_cpus=IO_TASK_CPUS)(_seal)
-        for state in now.to_seal:
-            if state.shard.name not in sealing and not session.draining:
-                sealing[state.shard.name] = seal.remote(session.ledger, state.shard, kept, state.parts)
+        if not session.draining:
+            sealing.advance(now)
         good, good_before = (p.stats.rows - p.stats.failed for p in (now, plan))
         return Progress(
             total=now.rows,
@@ -267,21 +269,27 @@ def _caption(spec: JobSpec, session: Session, shards: Sequence[Shard], kept: pa.
         )
 
     generate(spec, session, work, kept, JOURNAL, look)
-    session.storage_retries += sum(map(_retries_of, sealing.values()))
+    session.storage_retries += sum(map(_retries_of, sealing.tasks))
 
 
-def _seal(ledger: Ledger, shard: Shard, kept: pa.Schema, parts: Sequence[str]) -> int:
+def _seal(ledger: Ledger, kept: pa.Schema, shard: Shard, parts: Sequence[str]) -> int:
     """Seals a shard, somewhere on the cluster; returns how often storage was tried again."""
     ledger.seal(shard, kept, parts)
     return RETRIES.take()
 
 
-def _retries_of(sealing: Any) -> int:
-    """What a sealing task returned; 0 if it failed: the driver then seals that shard and tells what is wrong."""
+def _discard(ledger: Ledger, parts: Sequence[str]) -> int:
+    """Deletes settled parts, somewhere on the cluster; returns how often storage was tried again."""
+    ledger.storage.delete(parts)
+    return RETRIES.take()
+
+
+def _retries_of(task: Any) -> int:
+    """What a task returned; 0 if it failed: the driver then does what it left, and tells what is wrong."""
     import ray
 
     try:
-        return int(ray.get(sealing))
+        return int(ray.get(task))
     except ray.exceptions.RayError:
         return 0
 

@@ -3,15 +3,18 @@
 Why: nothing beside the data may say that a row is done. So each journal part and each sealed shard carries
 its own record in its parquet footer, under the key `tessera`, as JSON:
 
-    {"format": 1, "shards": {"a.parquet": {"fingerprint": "0f..", "rows": [[0, 64]], "stats": {..}}}}
+    {"format": 2, "shards": {"a.parquet": {"fingerprint": "0f..", "rows": [[0, 64]], "stats": {..}, "digests": [..]}}}
 
-Statistics stand per shard, so that a part that spans a sealed and an open shard is never counted twice.
+Statistics stand per shard, so that a part that spans a sealed and an open shard is never counted twice. A sealed
+file has digests of its rows too (digest.py), for verification.
 """
 
+import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,7 +24,7 @@ from actors.columns import ERROR, FINGERPRINT, ROW, SHARD
 from pipeline.rows import RowSet
 
 KEY = "tessera"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +66,12 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Some rows of one version of one shard."""
+    """Some rows of one version of one shard. `digests`, of sealed files: `row_digests` of each row group in turn."""
 
     fingerprint: str
     rows: RowSet
     stats: Stats
+    digests: tuple[str, ...] = ()
 
 
 def entries_of(table: pa.Table) -> dict[str, Entry]:
@@ -95,6 +99,7 @@ def encode(entries: Mapping[str, Entry]) -> str:
             "fingerprint": entry.fingerprint,
             "rows": entry.rows.to_json(),
             "stats": asdict(entry.stats),
+            "digests": entry.digests,
         }
         for name, entry in entries.items()
     }
@@ -110,17 +115,32 @@ def decode(footer: pq.FileMetaData) -> dict[str, Entry]:
     if record["format"] != FORMAT:
         raise ValueError(f"has format {record['format']}, and this Tessera reads format {FORMAT}")
     return {
-        name: Entry(item["fingerprint"], RowSet.from_json(item["rows"]), Stats(**item["stats"]))
+        name: Entry(
+            item["fingerprint"],
+            RowSet.from_json(item["rows"]),
+            Stats(**item["stats"]),
+            tuple(item["digests"]),
+        )
         for name, item in record["shards"].items()
     }
 
 
 def to_parquet(table: pa.Table, entries: Mapping[str, Entry], statistics: bool) -> bytes:
     """The table as zstd parquet with the entries in its footer; equal input gives equal bytes."""
-    sink = pa.BufferOutputStream()
+    file = io.BytesIO()
     plain = table.replace_schema_metadata(None)
-    with pq.ParquetWriter(sink, plain.schema, compression="zstd", write_statistics=statistics) as writer:
+    with parquet_writer(file, plain.schema, statistics) as writer:
         if plain.num_rows:  # datasets fails on a row group of no rows, and reads a file of no row groups
             writer.write_table(plain)
-        writer.add_key_value_metadata({KEY: encode(entries)})
-    return bytes(sink.getvalue())
+        write_entries(writer, entries)
+    return file.getvalue()
+
+
+def parquet_writer(file: BinaryIO, schema: pa.Schema, statistics: bool) -> pq.ParquetWriter:
+    """How every parquet file of an output is encoded."""
+    return pq.ParquetWriter(file, schema, compression="zstd", write_statistics=statistics)
+
+
+def write_entries(writer: pq.ParquetWriter, entries: Mapping[str, Entry]) -> None:
+    """Puts the entries into the footer of a file that is being written."""
+    writer.add_key_value_metadata({KEY: encode(entries)})

@@ -87,12 +87,14 @@ def is_local(filesystem: "AbstractFileSystem") -> bool:
     return isinstance(filesystem, LocalFileSystem)
 
 
-def in_parallel(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """[function(item), ...] in order, by up to 32 threads; the first error is raised."""
+def in_parallel(
+    function: Callable[[Item], Result], items: Iterable[Item], threads: int = THREADS
+) -> list[Result]:
+    """[function(item), ...] in order, by up to `threads` threads; the first error is raised."""
     todo = list(items)
     if len(todo) < 2:
         return [function(item) for item in todo]
-    with ThreadPoolExecutor(min(THREADS, len(todo))) as pool:
+    with ThreadPoolExecutor(min(threads, len(todo))) as pool:
         return list(pool.map(function, todo))
 
 

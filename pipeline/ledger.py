@@ -19,21 +19,25 @@ The laws (each has a test of its name):
    decides between the two.
 3. Sealing is a function of the rows: however the same rows were partitioned, ordered, repeated or overlapped
    in parts, the sealed bytes are the same. Where parts disagree about a row, a caption beats an error, then
-   the part whose name sorts first wins.
+   the part whose name sorts first wins. No size of a shard or a column is too large, as long as a row is not.
 4. Sealing is idempotent: sealing a sealed shard does nothing, so a kill inside costs nothing. A sealed file is
    created, or swapped for the very file it replaces, and never written over blindly.
-5. A part is deleted only after every shard in it is readable as sealed (or was replaced in the input).
+5. A part is deleted only after every shard in it is readable as sealed (or was replaced in the input), and soon
+   after that, while the run goes on (sealing.py): the journal holds the open shards.
 6. A changed input shard is a new shard: rows of its old version count for nothing.
-7. Planning reads footers only, each of them once.
+7. Planning reads footers only, each of them once; so does the recount that a run ends with.
 8. One output holds one spec's captions: a run whose captions would differ is refused.
 9. `_SUCCESS` is written last, only for a verified output, and while no shard of the input is unreadable; it goes
    before new work starts. A run that lost its lease while it wrote the mark takes it back, and a mark that does
    not count what the files hold is no mark.
 10. Only the run that holds the lease writes: every attempt of every write begins with a look at it (lease.py says
     what can happen between the look and the write).
+11. A sealed file proves its rows. It is written only from every row of its shard, once and in order, and its footer
+    carries digests of their values, against which `verify` holds what it reads.
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -49,7 +53,8 @@ from pipeline.files import FileInfo, in_parallel
 from pipeline.footer import NotParquetError, read_footer
 from pipeline.identity import identity_record, mismatch
 from pipeline.lease import Fence, LeaseLost
-from pipeline.merge import SealError, merged, part_rows, sealed_file
+from pipeline.merge import SealError, altered_rows, merged_file, part_rows
+from pipeline.rows import RowSet
 from pipeline.shards import FailedShard, Shard, output_name
 from pipeline.spec import JobSpec, SpecError
 from pipeline.state import Plan, Published, Scan, Verification, plan_of, verification_of
@@ -147,7 +152,8 @@ class Ledger:
             if seal:
                 return seal.stats
             raise SealError(f"{shard.name}: a part is gone while its rows are not sealed ({error})") from None
-        data, stats = sealed_file(shard, merged(shard, tables, schema))
+        data, stats = merged_file(shard, tables, schema)
+        del tables  # gigabytes, maybe, and so is the file
         path = f"{DATA}/{output_name(shard.name)}"
         while not self.storage.create_exclusive(path, data):  # a seal is there, or a file of an older version
             with suppress(FileNotFoundError):
@@ -166,27 +172,37 @@ class Ledger:
 
         `shards` is the input as it is now: parts of a version that was replaced are of no use either.
         """
-        scan = self.scan()
-        current = {shard.name: shard.fingerprint for shard in shards}
-
-        def settled(name: str, entry: Entry) -> bool:
-            replaced = current.get(name, entry.fingerprint) != entry.fingerprint
-            return replaced or scan.seal_of(name, entry.fingerprint) is not None
-
-        done = [
-            part.path
-            for part in scan.parts
-            if part.entries and all(settled(name, entry) for name, entry in part.entries.items())
-        ]
-        self.storage.delete(done)
+        settled = self.plan(shards).settled
+        self.storage.delete(settled)
         for folder in ("_tessera", DATA):
             self.storage.delete_temporary(folder)
-        return done
+        return list(settled)
 
-    def verify(self, shards: Sequence[Shard], unreadable: Sequence[FailedShard] = ()) -> Verification:
-        """Counts rows in against rows out, from the files alone; nothing that was read before is trusted."""
+    def verify(
+        self, shards: Sequence[Shard], unreadable: Sequence[FailedShard] = (), *, footers_only: bool = False
+    ) -> Verification:
+        """Counts rows in against rows out, from the files alone; nothing that was read before is trusted.
+
+        Reads every sealed row and holds it against the digests in its file's footer (law 11), a row group at a time
+        on each core; or `footers_only`, which a row that was changed behind our back passes.
+        """
         self._seen = {}
-        return verification_of(shards, self.scan(), unreadable)
+        scan = self.scan()
+        altered = {} if footers_only else self._altered(shards, scan)
+        return verification_of(shards, scan, unreadable, altered)
+
+    def _altered(self, shards: Sequence[Shard], scan: Scan) -> dict[str, RowSet]:
+        """By shard, the rows of sealed files that differ from what was sealed; of files with as many rows as that."""
+
+        def read(shard: Shard) -> RowSet:
+            file, seal = scan.sealed.get(output_name(shard.name)), scan.seal_of(shard.name, shard.fingerprint)
+            if not file or not seal or file.rows != shard.rows:
+                return RowSet()
+            with self.storage.open(file.path) as data:
+                return altered_rows(data, seal)
+
+        found = in_parallel(read, shards, threads=os.cpu_count() or 1)
+        return {shard.name: rows for shard, rows in zip(shards, found, strict=True) if rows}
 
     def check(self, spec: JobSpec) -> None:
         """Raises LedgerMismatch unless captions would be those the output already holds (law 8); changes nothing.

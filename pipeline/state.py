@@ -58,13 +58,15 @@ class Plan:
     """How far a job is, and so what there is to do.
 
     `changed`: shards that the output also holds in another version, which counts for nothing; `foreign`:
-    files below data/ that belong to no shard of the input (removed since); `problems`: unreadable files.
+    files below data/ that belong to no shard of the input (removed since); `problems`: unreadable files;
+    `settled`: parts that nothing needs any more, since all their shards are sealed or were replaced in the input.
     """
 
     shards: tuple[ShardState, ...]
     changed: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
+    settled: tuple[str, ...] = ()
 
     @cached_property
     def to_caption(self) -> tuple[ShardState, ...]:
@@ -121,20 +123,33 @@ def plan_of(shards: Sequence[Shard], scan: Scan, unreadable: Sequence[FailedShar
         tuple(changed),
         _foreign((*shards, *unreadable), scan),
         tuple(f"{file.path} {file.problem}" for file in published if file.problem),
+        tuple(_settled(shards, scan)),
     )
+
+
+def _settled(shards: Sequence[Shard], scan: Scan) -> Iterator[str]:
+    current = {shard.name: shard.fingerprint for shard in shards}
+    for part in scan.parts:
+        if part.entries and all(
+            scan.seal_of(name, entry.fingerprint) or current.get(name, entry.fingerprint) != entry.fingerprint
+            for name, entry in part.entries.items()
+        ):
+            yield part.path
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
     """The recount. `rows_out` counts rows in sealed files of the input's shards. By shard: rows that are `missing`,
-    and rows of the file, by place, that no row of the input answers to (`surplus`). `foreign` names files of shards
-    no longer in the input, and `notes` what lies about in the journal; both are reported but no fault. `unreadable`
-    shards of the input count for nothing: nobody knows their rows."""
+    rows of the file, by place, that no row of the input answers to (`surplus`), and rows that differ from those
+    that were sealed (`altered`). `foreign` names files of shards no longer in the input, and `notes` what lies about
+    in the journal; both are reported but no fault. `unreadable` shards of the input count for nothing: nobody knows
+    their rows."""
 
     rows_in: int
     rows_out: int
     missing: Mapping[str, RowSet]
     surplus: Mapping[str, RowSet]
+    altered: Mapping[str, RowSet]
     foreign: tuple[str, ...]
     problems: tuple[str, ...]
     stats: Stats
@@ -144,7 +159,10 @@ class Verification:
     @property
     def ok(self) -> bool:
         """Every row of the readable input is in the output exactly once, and every file below data/ is sound."""
-        return not (self.problems or self.missing or self.surplus) and self.rows_in == self.rows_out
+        return (
+            not (self.problems or self.missing or self.surplus or self.altered)
+            and self.rows_in == self.rows_out
+        )
 
     def describe(self) -> str:
         """The verdict in one line, then a line for each problem and each foreign file."""
@@ -158,9 +176,13 @@ class Verification:
 
 
 def verification_of(
-    shards: Sequence[Shard], scan: Scan, unreadable: Sequence[FailedShard] = ()
+    shards: Sequence[Shard],
+    scan: Scan,
+    unreadable: Sequence[FailedShard] = (),
+    altered: Mapping[str, RowSet] | None = None,
 ) -> Verification:
-    """Rows in against rows out, shard by shard."""
+    """Rows in against rows out, shard by shard. `altered`, by shard: rows that differ from those that were sealed."""
+    altered = altered or {}
     missing: dict[str, RowSet] = {}
     surplus: dict[str, RowSet] = {}
     problems: list[str] = []
@@ -196,6 +218,15 @@ def verification_of(
                 f"{shard.name} has {file.rows} rows in the output and {shard.rows} in the input; "
                 f"rows {beyond} are twice there or foreign"
             )
+        if seal.stats.rows != file.rows:
+            problems.append(
+                f"{file.path} counts {seal.stats.rows} rows in its statistics and holds {file.rows}"
+            )
+        if altered.get(shard.name):
+            problems.append(
+                f"{file.path} does not hold the rows that were sealed: among rows {altered[shard.name]} some are "
+                "twice there, missing, foreign, changed or unreadable; delete the file and run the job again"
+            )
     known = {output_name(shard.name) for shard in shards}
     problems += [f"{f.path} {f.problem}" for key, f in scan.sealed.items() if f.problem and key not in known]
     return Verification(
@@ -203,6 +234,7 @@ def verification_of(
         rows_out,
         missing,
         surplus,
+        altered,
         _foreign((*shards, *unreadable), scan),
         tuple(problems),
         Stats.total(stats),

@@ -18,7 +18,7 @@ import fcntl
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 STALE_SECONDS = 3600.0  # a temporary file this old has no writer any more
+_KEYS = 1000  # in one request that deletes: S3's limit
 _LOCK_SECONDS = 5.0  # a lock held longer is a stopped process's; going on without it is no worse than on NFS
 
 Result = TypeVar("Result")
@@ -145,7 +146,11 @@ class Storage:
 
     def delete(self, paths: Iterable[str]) -> None:
         """Deletes files, in no order; those that are gone already are fine."""
-        in_parallel(self._delete_one, paths)
+        todo = list(paths)
+        if is_s3(self.filesystem) and len(todo) > 1:
+            in_parallel(self._delete_keys, [todo[i : i + _KEYS] for i in range(0, len(todo), _KEYS)])
+        else:
+            in_parallel(self._delete_one, todo)
 
     def delete_temporary(self, prefix: str, older_than: float = STALE_SECONDS) -> None:
         """Deletes what killed local writers left below a folder, once it is `older_than` seconds old."""
@@ -169,6 +174,20 @@ class Storage:
     def _delete_one(self, path: str) -> None:
         with suppress(FileNotFoundError):
             self._guarded("deleting", path, lambda: self._remove(path))
+
+    def _delete_keys(self, paths: Sequence[str]) -> None:
+        """One request to S3, which answers 200 and says which keys it could not delete; s3fs does not look at that."""
+        from botocore.exceptions import ClientError
+        from s3fs.errors import translate_boto_error
+
+        def request() -> None:
+            names = [self.filesystem.split_path(self.full(path)) for path in paths]
+            keys = {"Objects": [{"Key": key} for _, key, _ in names], "Quiet": True}
+            answer = self.filesystem.call_s3("delete_objects", Bucket=names[0][0], Delete=keys)
+            if errors := answer.get("Errors"):
+                raise translate_boto_error(ClientError({"Error": errors[0]}, "DeleteObjects"))
+
+        self._guarded("deleting", f"{paths[0]} and others", request)
 
     def _conditionally(self, path: str, data: bytes, write: Callable[[], bool]) -> bool:
         """A conditional write whose answer may be lost on the way: the write again (by us, or unseen by the HTTP

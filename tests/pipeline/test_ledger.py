@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,9 +17,11 @@ from fsspec.implementations.local import LocalFileSystem
 
 from actors.columns import RESULT_SCHEMA
 from pipeline.amend import merge_retried
+from pipeline.columns import sealed_schema
 from pipeline.entries import Stats, decode, to_parquet
 from pipeline.files import in_parallel
 from pipeline.ledger import JOURNAL, RETRY, Ledger, LedgerMismatch, SealError
+from pipeline.merge import part_rows, sealed_file
 from pipeline.rows import RowSet
 from pipeline.spec import JobSpec, parse_spec
 from pipeline.storage import Storage
@@ -313,8 +317,74 @@ def test_verification_finds_what_does_not_belong(ledger: Ledger) -> None:
         verification = ledger.verify([B])
         assert not verification.ok
         assert words in verification.describe()
+    miscounted = {B.name: replace(claim[B.name], stats=Stats(7))}
+    ledger.storage.put_atomic("data/sub/b.parquet", to_parquet(table, miscounted, statistics=True))
+    assert "counts 7 rows in its statistics and holds 5" in ledger.verify([B], footers_only=True).describe()
     ledger.storage.put_atomic("data/sub/b.parquet", good)
     assert ledger.verify([B]).ok
+
+
+FORGERIES = {
+    "one row four times": [0, 0, 0, 0, 4],
+    "two rows swapped": [0, 2, 1, 3, 4],
+    "a foreign row": [0, 1, 2, 3, 5],
+}
+
+
+@pytest.mark.parametrize("rows", FORGERIES.values(), ids=FORGERIES)
+def test_law_11_a_sealed_file_proves_its_rows(ledger: Ledger, rows: list[int]) -> None:
+    """The count is right and the footer is kept, by our own writer or by another that rewrites the file."""
+    run_to_the_end(ledger, [A, B], [captions(A.name, range(12)), captions(B.name, range(5))])
+    good = ledger.storage.read("data/sub/b.parquet")
+    table = pq.read_table(pa.BufferReader(good))
+    more = pq.read_table(pa.BufferReader(ledger.storage.read("data/a.parquet")))
+    forged = pa.concat_tables([table, more.slice(3, 1)]).take(rows)
+    footer = pq.read_metadata(pa.BufferReader(good))
+    claim = decode(footer)
+    rewritten = pa.BufferOutputStream()
+    pq.write_table(forged.replace_schema_metadata(footer.metadata), rewritten)
+    for data in (to_parquet(forged, claim, statistics=True), rewritten.getvalue().to_pybytes()):
+        assert decode(pq.read_metadata(pa.BufferReader(data))) == claim
+        ledger.storage.put_atomic("data/sub/b.parquet", data)
+        verification = ledger.verify([A, B])
+        assert not verification.ok
+        assert verification.altered == {B.name: RowSet.span(5)}
+        assert (
+            "data/sub/b.parquet does not hold the rows that were sealed: among rows 0-4 "
+            in verification.describe()
+        )
+    ledger.storage.put_atomic("data/sub/b.parquet", good)
+    assert ledger.verify([A, B]).ok
+
+
+def test_law_11_a_page_that_cannot_be_read_proves_nothing(ledger: Ledger) -> None:
+    run_to_the_end(ledger, [A, B], [captions(A.name, range(12)), captions(B.name, range(5))])
+    data = bytearray(ledger.storage.read("data/a.parquet"))
+    column = pq.read_metadata(pa.BufferReader(data)).row_group(0).column(0)
+    start = column.dictionary_page_offset
+    data[start : start + column.total_compressed_size] = bytes(column.total_compressed_size)
+    ledger.storage.put_atomic("data/a.parquet", bytes(data))
+    assert ledger.verify([A, B]).altered == {A.name: RowSet.span(12)}
+    assert ledger.verify([A, B], footers_only=True).ok  # which is why `tessera verify` reads on
+
+
+def test_law_11_only_every_row_once_and_in_order_is_sealed() -> None:
+    parts = [part_of(captions(B.name, rows)) for rows in ([0, 1, 2], [3, 4, 5])]
+    for places, words in (
+        ([0, 0, 0, 0, 4], "rows missing: 1-3, rows beyond its 5: none, rows twice: 0$"),
+        ([0, 1, 2, 3], "rows missing: 4, rows beyond its 5: none, rows twice: none$"),
+        ([0, 1, 2, 3, 4, 5], "rows missing: none, rows beyond its 5: 5, rows twice: none$"),
+        ([0, 2, 1, 3, 4], "rows missing: none, rows beyond its 5: none, rows twice: none, and out of order$"),
+    ):
+        with pytest.raises(SealError, match=words):
+            sealed_file(B, parts, np.array(places))
+    _, stats = sealed_file(B, parts, np.arange(5))
+    assert stats.rows == 5
+
+
+def part_of(table: pa.Table) -> pa.Table:
+    """What `part_rows` makes of a part."""
+    return part_rows("part", to_parquet(table, {}, statistics=False), B, sealed_schema(KEPT))
 
 
 def test_verification_names_what_lies_about_in_the_journal(ledger: Ledger) -> None:

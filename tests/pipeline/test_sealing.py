@@ -1,5 +1,6 @@
 """Sealing: one file a shard, the same bytes whatever happened on the way, open to every reader."""
 
+import io
 import tempfile
 from pathlib import Path
 
@@ -13,7 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.columns import RESULT_SCHEMA
+from pipeline import merge
+from pipeline.columns import sealed_schema
+from pipeline.entries import Stats
 from pipeline.ledger import Ledger
+from pipeline.rows import RowSet
+from pipeline.sealing import BATCH_PARTS, Sealing
+from pipeline.state import Plan, ShardState
 from tests.pipeline.ledgers import (
     KEPT,
     DyingStorage,
@@ -96,6 +103,74 @@ def test_law_3_a_caption_beats_an_error_then_the_first_part_wins(ledger: Ledger)
     read = pq.read_table(pa.BufferReader(ledger.storage.read("data/a.parquet")))
     assert read["caption"][1].as_py() == f"{second} 1"
     assert stats.failed == 0
+
+
+def test_law_3_row_groups_end_where_the_rows_say(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merge, "ROW_GROUP_BYTES", 200)
+    seen: set[bytes] = set()
+    for parts in ([range(12)], [[row] for row in range(12)], [range(0, 12, 2), range(1, 12, 2), [3, 4]]):
+        run_to_the_end(ledger, [A], [captions(A.name, rows, failed=[4]) for rows in parts])
+        assert ledger.verify([A]).ok
+        seen.add(ledger.storage.read("data/a.parquet"))
+        ledger.storage.delete(["data/a.parquet"])
+    file = pq.ParquetFile(pa.BufferReader(seen.pop()))
+    assert not seen and file.num_row_groups == 3
+    assert file.read()["id"].to_pylist() == [f"a.parquet:{row}" for row in range(12)]
+
+
+def test_law_3_a_column_may_be_larger_than_an_array_of_32_bit_offsets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """2.25 GiB, which here are one buffer seen nine times."""
+
+    def quick_writer(file: io.BytesIO, schema: pa.Schema, statistics: bool) -> pq.ParquetWriter:
+        plain = {"use_dictionary": False, "write_statistics": False}  # each takes seconds over such values
+        return pq.ParquetWriter(file, schema, compression="zstd", **plain)
+
+    monkeypatch.setattr(merge, "parquet_writer", quick_writer)
+    one = shard("a.parquet", 9)
+    value = pa.array([bytes(1 << 28)], pa.binary())
+    schema = sealed_schema(pa.schema([("value", pa.binary())]))
+    results = captions(one.name, range(9))
+    rows = [results.slice(row, 1).append_column("value", value) for row in range(9)]
+    data, stats = merge.merged_file(one, [row.select(["_row", *schema.names]) for row in rows], schema)
+    assert stats.rows == 9
+    file = pq.ParquetFile(pa.BufferReader(data))
+    assert file.schema_arrow.field("value").type == pa.binary()
+    assert file.num_row_groups == 9
+
+
+def test_law_5_parts_go_while_the_run_goes_on(ledger: Ledger) -> None:
+    """The journal holds the parts of open shards and less than a batch of others, however long the run."""
+    shards = [shard(f"{number:02}.parquet", 80) for number in range(20)]
+    sealing = Sealing(lambda shard, parts: ledger.seal(shard, KEPT, parts), ledger.storage.delete)
+    most = 0
+    for one in shards:
+        for start in range(0, 80, 8):
+            ledger.publish(captions(one.name, range(start, start + 8)))
+        sealing.advance(ledger.plan(shards))
+        most = max(most, len(journal(ledger)))
+    assert most <= 10 + BATCH_PARTS < 200
+    assert len(ledger._seen) <= 20 + most
+    plan = ledger.plan(shards)
+    assert plan.finished and plan.stats.rows == 1600
+    ledger.sweep(shards)
+    assert journal(ledger) == []
+    assert ledger.verify(shards).ok
+
+
+def test_what_was_begun_is_not_begun_again() -> None:
+    seals: list[str] = []
+    discards: list[list[str]] = []
+    sealing = Sealing(lambda shard, parts: seals.append(shard.name), discards.append)
+    settled = tuple(f"part-{number}" for number in range(BATCH_PARTS))
+    state = ShardState(A, False, RowSet(), ("part-x",), Stats())
+    few, many = Plan((state,), settled=settled[1:]), Plan((state,), settled=settled)
+    for plan in (few, many, many, Plan(()), many):  # a part that comes back once it is gone is deleted again
+        sealing.advance(plan)
+    assert seals == [A.name]
+    assert discards == [list(settled)] * 2
+    assert len(sealing.tasks) == 3
 
 
 def test_the_output_opens_in_datasets_duckdb_and_pandas(tmp_path: Path) -> None:

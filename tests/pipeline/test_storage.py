@@ -4,6 +4,7 @@ import os
 import pickle
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,6 +40,49 @@ def test_put_read_list_delete(storage: Storage) -> None:
     assert storage.list() == []
     with pytest.raises(FileNotFoundError):
         storage.read("a/b.bin")
+
+
+def test_s3_deletes_a_thousand_keys_in_a_request(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = Storage(s3_url)
+    for name in ("a/1", "a/2 [x]*&.bin"):
+        storage.put_atomic(name, b"x")
+    calls: list[int] = []
+    call_s3 = type(storage.filesystem).call_s3
+
+    def counted(self: object, method: str, **kwargs: Any) -> Any:
+        if method == "delete_objects":
+            calls.append(len(kwargs["Delete"]["Objects"]))
+        return call_s3(self, method, **kwargs)
+
+    monkeypatch.setattr(type(storage.filesystem), "call_s3", counted)
+    storage.delete(["a/1", "a/2 [x]*&.bin", *(f"gone/{number}" for number in range(1200))])
+    assert sorted(calls) == [202, 1000]
+    assert storage.list() == []
+
+
+@pytest.mark.parametrize(("code", "kind"), [("AccessDenied", PermissionError), ("InternalError", None)])
+def test_a_key_that_s3_could_not_delete_is_no_success(
+    s3_url: str, monkeypatch: pytest.MonkeyPatch, code: str, kind: type[Exception] | None
+) -> None:
+    """S3 answers 200 and says of single keys that they are still there."""
+    storage = Storage(s3_url)
+    for name in ("a", "b"):
+        storage.put_atomic(name, b"x")
+    call_s3 = type(storage.filesystem).call_s3
+    refused = [{"Key": "a", "Code": code, "Message": "not now"}]
+
+    def refusing(self: object, method: str, **kwargs: Any) -> Any:
+        if method == "delete_objects" and refused:
+            return {"Errors": [refused.pop()]}
+        return call_s3(self, method, **kwargs)
+
+    monkeypatch.setattr(type(storage.filesystem), "call_s3", refusing)
+    if kind:
+        with pytest.raises(kind, match="not now"):
+            storage.delete(["a", "b"])
+    else:
+        storage.delete(["a", "b"])
+        assert storage.list() == []
 
 
 def test_listings_are_never_stale(storage: Storage) -> None:
