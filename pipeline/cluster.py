@@ -11,7 +11,7 @@ import math
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -94,8 +94,26 @@ def connect(resources: ResourcesSpec) -> ResourcesSpec:
         if "RAY_ADDRESS" not in os.environ:
             return local
     nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
-    # A replica fits on one node, and leaves room for what feeds it.
-    return with_generate_cpus(resources, min(max(nodes), sum(nodes) - _cpus_beside(resources)))
+    return fitted(resources, nodes)
+
+
+def fitted(resources: ResourcesSpec, nodes: Sequence[float]) -> ResourcesSpec:
+    """`resources` with as many CPUs for a Generate actor (`with_generate_cpus`) as leave all of the smallest pools
+    their places on nodes of so many CPUs."""
+    most = int(max(nodes, default=1)) * resources.generate.replicas[0]
+    tried = (with_generate_cpus(resources, cpus) for cpus in range(most, 0, -1))
+    return next((each for each in tried if _fit(each, nodes)), with_generate_cpus(resources, 1))
+
+
+def _fit(resources: ResourcesSpec, nodes: Sequence[float]) -> bool:
+    """Whether every actor finds a node, the largest first and each where least is left (best fit decreasing)."""
+    free = list(nodes)
+    for cpus in sorted((piece.get("CPU", 0) for piece in bundles(resources)), reverse=True):
+        places = [index for index, left in enumerate(free) if left >= cpus]
+        if not places:
+            return False
+        free[min(places, key=lambda index: free[index])] -= cpus
+    return True
 
 
 def _local_cpus() -> int:
@@ -106,8 +124,8 @@ def _local_cpus() -> int:
 
 def _threads(cpus: int) -> int:
     """Threads on a machine of `cpus`: fewer where OMP_NUM_THREADS says so."""
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    return max(1, min(cpus, int(asked))) if asked.isdigit() else cpus
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # a list is of nested levels
+    return max(1, min(cpus, int(asked))) if asked.isdecimal() and asked.isascii() else cpus
 
 
 def _initialise(local_cpus: int) -> None:

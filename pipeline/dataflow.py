@@ -80,6 +80,7 @@ def run(spec: JobSpec, show: Display, take_over: bool = False) -> Outcome:
         _check_checkpoint(spec, show)
     with open_session(spec, take_over, show) as session:
         ledger = session.ledger
+        refuse_other_dataset(spec, found, ledger)  # another run may have begun here since the first look
         ledger.bind(spec)
         plan = ledger.plan(shards)
         if not plan.finished:
@@ -115,6 +116,7 @@ def retry(spec: JobSpec, kinds: Collection[str], show: Display, take_over: bool 
     _check_checkpoint(spec, show)
     with open_session(spec, take_over, show) as session:
         ledger = session.ledger
+        refuse_other_dataset(spec, found, ledger)
         merge_retried(ledger, shards)  # what a killed retry had done already
         failed = failed_rows(ledger, shards, kinds)
         total = sum(len(rows) for _, rows in failed)

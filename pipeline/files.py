@@ -149,11 +149,24 @@ def _walk(root: str, below: str) -> Iterator[FileInfo]:
     except FileNotFoundError:
         return
     for entry in entries:
+        path = below + entry.name
         try:
-            if entry.is_dir():
-                yield from _walk(root, f"{below}{entry.name}/")
-            else:
+            if not entry.is_dir():
                 status = entry.stat()
-                yield FileInfo(below + entry.name, status.st_size, str(status.st_mtime_ns))
-        except FileNotFoundError:  # deleted while listing
-            continue
+                yield FileInfo(path, status.st_size, str(status.st_mtime_ns))
+            elif not (entry.is_symlink() and _leads_up(root, path)):
+                yield from _walk(root, f"{path}/")
+        except OSError:
+            if (
+                entry.is_symlink()
+            ):  # it leads nowhere: a disk that is not mounted, say; whoever reads it tells
+                yield FileInfo(path, 0, "")
+            elif os.path.lexists(entry.path):
+                raise
+            # else it was deleted while listing
+
+
+def _leads_up(root: str, path: str) -> bool:
+    """Whether a link leads to a folder that it lies in: all files there are listed without it."""
+    here, target = (os.path.realpath(part) for part in (os.path.dirname(f"{root}/{path}"), f"{root}/{path}"))
+    return os.path.commonpath([here, target]) == target

@@ -17,8 +17,8 @@ carrying out the request. A run held up in it and succeeded by another one can d
   first part, and succeeded by a run of another spec, leaves that one part behind.
 - Sealed files and spec.json are swapped for the version that was compared with. The successor's is another version
   (spec.json names the run), so the swap fails.
-- Parts are deleted that are sealed and readable, or merged. What the successor publishes has another name, unless it
-  has the same content.
+- Parts are deleted that are sealed and readable, or merged, or of a version of a shard that was replaced. What the
+  successor publishes has another name, unless it has the same content.
 - `_SUCCESS` is created, or swapped for the mark that was read, so the successor's is not replaced. But a successor
   that found no mark to take away leaves no trace there, and no store makes one file's write depend on another file. So
   the writer looks at the lease once more when the mark is written, and takes its own back if that is lost. A mark that
@@ -94,7 +94,10 @@ class Holder:
     @property
     def is_dead(self) -> bool:
         """True if it ran on this machine and its process is gone; False where that cannot be known."""
-        return bool(self.machine) and self.machine == _machine() and _started(self.pid) != self.started
+        if not self.machine or self.machine != _machine():
+            return False
+        started = _started(self.pid)
+        return started != self.started and not (started == "" and _may_be_hidden(self.pid))
 
 
 def holder_of(storage: Storage) -> Holder | None:
@@ -244,3 +247,14 @@ def _started(pid: int) -> str:
     except OSError:
         return ""
     return "" if state in "ZX" else fields[18]
+
+
+def _may_be_hidden(pid: int) -> bool:
+    """Whether a process lives that /proc does not show (mounted with hidepid, for other users' processes)."""
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return not Path(f"/proc/{pid}").exists()

@@ -150,8 +150,10 @@ def _raised_in(traceback: str) -> str:
         elif (
             place and line and not line[0].isspace()
         ):  # what follows the frames and their source is the exception
-            name, _, message = line.partition(": ")
-            if not name.startswith("ray."):
+            name, _, message = line.rstrip(": ").partition(": ")
+            if not name.startswith("ray.") and (
+                message or not raised
+            ):  # an empty one says less than its cause
                 raised = _told(_exception(name), message, name.rpartition(".")[2], place)
             place = ""
     return raised

@@ -120,6 +120,9 @@ def discover(source: InputSpec) -> Input:
     def read(info: FileInfo) -> Shard | FailedShard:
         name = info.path[len(root) :].lstrip("/") if root else info.path
         url = _url_of(filesystem, info.path)
+        if wrong := _unusable(name):
+            printable = name.encode(errors="backslashreplace").decode()
+            return FailedShard(printable, url.encode(errors="backslashreplace").decode(), wrong)
         try:
             footer = read_footer(filesystem, info.path, info.size)
             schema = footer.schema.to_arrow_schema().remove_metadata()
@@ -142,6 +145,17 @@ def discover(source: InputSpec) -> Input:
         raise InputError(f"input.path: {unreadable[0]}{more}; remove it from the input, or repair it")
     _refuse_clashes(shards)
     return Input(shards, unreadable, tuple(_url_of(filesystem, root) for root in roots), tuple(outputs))
+
+
+def _unusable(name: str) -> str:
+    """Why a file of this name can have no sealed file of the same name; empty where it can."""
+    if any(part in ("", ".", "..") for part in name.split("/")):
+        return "has an empty part, '.' or '..' in its name: rename it"
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return "has a name that is not UTF-8: rename it"
+    return ""
 
 
 def output_name(shard_name: str) -> str:

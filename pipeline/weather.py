@@ -87,8 +87,8 @@ def patiently(action: Callable[[], Result], what: str, budget: float | None = No
     at once, as StorageError or PermissionError.
     """
     seconds = BUDGET_SECONDS if budget is None else budget
-    failing_since: float | None = None
-    limit, renewals, said = _FIRST_PAUSE, 0, False
+    first_failure = failing_since = said_until = None
+    limit, renewals = _FIRST_PAUSE, 0
     while True:
         began = time.monotonic()
         try:
@@ -100,8 +100,8 @@ def patiently(action: Callable[[], Result], what: str, budget: float | None = No
                     raise
                 raise told from error
             now = time.monotonic()
-            if failing_since is None:
-                failing_since = now
+            if first_failure is None or failing_since is None:
+                first_failure = failing_since = now
             elif now - began > _SILENT_SECONDS and renewals < _RENEWALS:
                 failing_since, renewals = now, renewals + 1
             pause = random.uniform(0, limit)
@@ -110,10 +110,10 @@ def patiently(action: Callable[[], Result], what: str, budget: float | None = No
                 raise StorageError(
                     f"{what}: storage failed again and again for {seconds:g} s; the last error: {error}"
                 ) from error
-            if not said and now - failing_since >= _SAY_AFTER:
+            if now - first_failure >= _SAY_AFTER and said_until != failing_since:
                 until = datetime.now() + timedelta(seconds=left)
                 log.warning("%s: storage fails (%s); trying again until %s", what, error, f"{until:%H:%M:%S}")
-                said = True
+                said_until = failing_since  # of a budget that began anew it is said again
         RETRIES.add()
         time.sleep(pause)
         limit = min(2 * limit, _LONGEST_PAUSE)

@@ -21,7 +21,7 @@ import yaml
 from tests.k8s import kuberay_rules as rules
 
 CRON, OPERATOR = "cronjob-controller", "kuberay-operator"  # who creates Jobs
-PATIENCE = 5 * 86400  # seconds after which a script that still waits is killed
+PATIENCE, LOOKS = 5 * 86400, 300  # seconds, or sleeps, after which a script that still waits is killed
 KILLED = 137
 
 # A command of the script: its words go into one pipe, the exit status comes back through another.
@@ -63,6 +63,7 @@ class FakeCluster:
         self.jobs: dict[str, tuple[str, str]] = {}  # name -> (uid, who created it)
         self.rayjobs: dict[str, dict[str, Any]] = {}
         self.created: list[str] = []  # names of RayJobs, in order
+        self.looks = 0
         self.error: Exception | None = None
         os.mkfifo(self.folder / "asked")
         os.mkfifo(self.folder / "answered")
@@ -162,7 +163,8 @@ class FakeCluster:
 
     def sleep(self, seconds: float) -> str:
         self.clock += seconds * self.pace
-        if self.clock > PATIENCE:
+        self.looks += 1
+        if self.clock > PATIENCE or self.looks > LOOKS:
             raise CommandError("Killed: the script waits for ever", KILLED)
         uids = {uid for uid, _ in self.jobs.values()}
         for name, rayjob in list(self.rayjobs.items()):

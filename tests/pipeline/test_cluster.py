@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.cluster import Capacity, ClusterError, preflight, required, with_generate_cpus
+from pipeline.cluster import Capacity, ClusterError, fitted, preflight, required, with_generate_cpus
 from pipeline.spec import ResourcesSpec
 
 
@@ -54,3 +54,20 @@ def test_missing_cpus_are_refused_with_the_arithmetic():
 
 def test_what_the_autoscaler_may_bring_counts():
     preflight(resources(generate=(8, 8)), Capacity(1, 0, 64, 8))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "preprocess", "cpus"),
+    [
+        ([16], 1, 14),
+        ([2, 2], 1, 2),
+        ([8, 8], 1, 8),
+        ([4, 1, 1, 1, 1], 2, 2),  # or no node were left for preprocessing
+        ([3, 3], 1, 3),
+        ([1], 1, 1),  # fits nowhere: the preflight tells
+        ([], 1, 1),
+    ],
+)
+def test_a_replica_leaves_the_others_their_places(nodes, preprocess, cpus):
+    open_spec = ResourcesSpec.model_validate({"preprocess": {"cpus": preprocess}, "generate": {"gpus": 0}})
+    assert fitted(open_spec, nodes).generate.cpus == cpus

@@ -108,6 +108,18 @@ def test_a_reused_pid_is_not_its_predecessor(storage: Storage) -> None:
     assert not replace(me, machine="elsewhere", started="1").is_dead
 
 
+def test_a_process_that_proc_hides_is_not_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    me = Holder.here("me")
+    real = Path.exists
+    monkeypatch.setattr(
+        "pipeline.lease._started", lambda _: ""
+    )  # as with hidepid, for another user's process
+    assert me.is_dead  # /proc shows it, so it is a zombie
+    hidden = f"/proc/{os.getpid()}"
+    monkeypatch.setattr(Path, "exists", lambda self, **named: str(self) != hidden and real(self, **named))
+    assert not me.is_dead
+
+
 def test_take_over_stops_the_run_that_held_it(storage: Storage) -> None:
     with acquire(storage, "old") as old, acquire(storage, "new", take_over=True):
         with pytest.raises(LeaseLost, match=r"run new .* took it over; what it published is kept"):

@@ -97,3 +97,10 @@ def test_the_cause_is_found_where_a_batch_failed():
 def test_a_bug_in_a_batch_is_told_with_its_place():
     assert root_cause(in_a_batch("KeyError: 'k'")) == "KeyError: 'k', in __call__ (stages.py:3)"
     assert root_cause(in_a_batch("AssertionError")) == "AssertionError, in __call__ (stages.py:3)"
+
+
+def test_an_error_without_words_gives_way_to_its_cause():
+    assert (
+        root_cause(in_a_batch("OSError: [Errno 28] No space left", "ValueError: "))
+        == "[Errno 28] No space left"
+    )

@@ -368,3 +368,18 @@ def test_shards_that_differ_are_refused() -> None:
     )
     with pytest.raises(InputError, match="b has no column 'image'"):
         job_schema(spec_of(), [shard_of("a"), Shard("b", "/b", 1, "f", 1, pa.schema([("x", pa.int8())]))])
+
+
+def test_links_that_lead_nowhere_or_up_and_odd_names_cost_themselves_alone(tmp_path):
+    write(tmp_path / "sub/good.parquet")
+    (tmp_path / "gone.parquet").symlink_to(tmp_path / "unmounted/part.parquet")
+    (tmp_path / "itself.parquet").symlink_to("itself.parquet")
+    (tmp_path / "sub/up").symlink_to(tmp_path)
+    latin = os.fsencode(tmp_path) + b"/caf\xe9.parquet"
+    with open(latin, "wb") as file:
+        file.write((tmp_path / "sub/good.parquet").read_bytes())
+    found = discover(InputSpec(path=str(tmp_path)))
+    assert [shard.name for shard in found.shards] == ["sub/good.parquet"]
+    failed = {shard.name: shard.reason for shard in found.unreadable}
+    assert set(failed) == {"gone.parquet", "itself.parquet", "caf\\udce9.parquet"}
+    assert "rename it" in failed["caf\\udce9.parquet"]

@@ -134,6 +134,20 @@ def test_people_are_told_what_is_waited_for_and_until_when(
     assert caplog.records[0].levelno == logging.WARNING  # which Python prints where nothing is configured
 
 
+def test_a_silent_store_is_told_although_each_attempt_takes_long(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    def hang() -> None:
+        clock.now += 60.0
+        raise TimeoutError("not a byte")
+
+    with pytest.raises(StorageError):
+        patiently(hang, "reading s3://bucket/x")
+    assert (
+        len(caplog.messages) == 1 + 5 - 1
+    )  # from the second attempt on, and for each budget that began anew
+
+
 @pytest.mark.parametrize(
     ("error", "kind", "words"),
     [
