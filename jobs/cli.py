@@ -1,8 +1,8 @@
 """`tessera`: the command line. Every command is a thin call into `pipeline`.
 
-Exit codes: 0 done, 1 the job broke, 2 the job spec is wrong (or its checkpoint or the arguments are), 3 done but more
-rows or shards failed than `limits` allows, 4 another run holds the output (or took it over), 5 stopped by SIGTERM, 130
-by Ctrl-C. Each but 0 comes with one sentence on standard error.
+Exit codes: 0 done, 1 the job broke, 2 the job spec is wrong (or its checkpoint or the arguments are), 3 more rows or
+shards failed than `limits` allows, at the end or (`limits.stop_after_failures`) at once, 4 another run holds the output
+(or took it over), 5 stopped by SIGTERM, 130 by Ctrl-C. Each but 0 comes with one sentence on standard error.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; bad arguments exit with 2."""
     options = _parser().parse_args(arguments)
     # Imported here, so that `tessera --help` answers at once.
+    from pipeline.failing import AllFailed
     from pipeline.lease import LeaseHeld, LeaseLost
     from pipeline.ledger import LedgerMismatch
     from pipeline.spec import SpecError
@@ -38,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(BAD_SPEC, error)
     except (LeaseHeld, LeaseLost) as error:
         return _fail(HELD, error)
+    except AllFailed as error:
+        return _fail(TOO_MANY_FAILED, error)
     except Stopped as stop:
         return _fail(INTERRUPTED if stop.number == signal.SIGINT else STOPPED, stop)
     except KeyboardInterrupt:

@@ -35,12 +35,14 @@ class ClusterError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """CPUs and GPUs, logical as Ray counts them: now, and at most once the cluster has grown."""
+    """CPUs and GPUs, logical as Ray counts them: now, at most once the cluster has grown, and free at this moment."""
 
     cpus: float
     gpus: float
     max_cpus: float
     max_gpus: float
+    free_cpus: float = 0.0
+    free_gpus: float = 0.0
 
 
 def required(resources: ResourcesSpec) -> tuple[float, float]:
@@ -48,6 +50,16 @@ def required(resources: ResourcesSpec) -> tuple[float, float]:
     generate = resources.generate
     cpus = generate.replicas[0] * (generate.cpus or 0)
     return cpus + _cpus_beside(resources), generate.replicas[0] * generate.gpus
+
+
+def bundles(resources: ResourcesSpec) -> list[dict[str, float]]:
+    """`required`, piece by piece: each piece fits on one node or not at all."""
+    preprocess, generate = resources.preprocess, resources.generate
+    pieces = [{"CPU": preprocess.cpus}] * preprocess.replicas[0]
+    pieces += [{"CPU": generate.cpus or 0, "GPU": generate.gpus}] * generate.replicas[0]
+    pieces += [{"CPU": IO_TASK_CPUS}] * round(_IO_CPUS / IO_TASK_CPUS)
+    amounts = ({name: amount for name, amount in piece.items() if amount} for piece in pieces)
+    return [piece for piece in amounts if piece]
 
 
 def with_generate_cpus(resources: ResourcesSpec, cpus: float) -> ResourcesSpec:
@@ -185,11 +197,18 @@ def _muted_stderr() -> Iterator[None]:
 
 
 def capacity() -> Capacity:
-    """What the connected cluster has, and what its autoscaler (if any) may add."""
-    now = ray.cluster_resources()
+    """What the connected cluster has, what its autoscaler (if any) may add, and what nobody uses."""
+    now, free = ray.cluster_resources(), ray.available_resources()
     cpus, gpus = now.get("CPU", 0.0), now.get("GPU", 0.0)
     most = ray_state.get_max_resources_from_cluster_config() or {}
-    return Capacity(cpus, gpus, max(cpus, most.get("CPU", 0)), max(gpus, most.get("GPU", 0)))
+    return Capacity(
+        cpus,
+        gpus,
+        max(cpus, most.get("CPU", 0)),
+        max(gpus, most.get("GPU", 0)),
+        free.get("CPU", 0.0),
+        free.get("GPU", 0.0),
+    )
 
 
 def preflight(resources: ResourcesSpec, found: Capacity) -> None:
@@ -210,3 +229,11 @@ def preflight(resources: ResourcesSpec, found: Capacity) -> None:
             f"the job needs {cpus:g} CPUs, {_IO_CPUS} of them for reads and writes, and the cluster has "
             f"{found.max_cpus:g} ({pools}): ask for fewer replicas or CPUs, or add CPUs"
         )
+
+
+def counted(cpus: float, gpus: float) -> str:
+    """
+    >>> counted(1, 0), counted(2.5, 8)
+    ('1 CPU and 0 GPUs', '2.5 CPUs and 8 GPUs')
+    """
+    return f"{cpus:g} CPU{'s' * (cpus != 1)} and {gpus:g} GPU{'s' * (gpus != 1)}"

@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,7 @@ from pipeline.amend import failed_rows, merge_retried
 from pipeline.columns import job_schema, needed_columns
 from pipeline.damage import failed_shards
 from pipeline.entries import Stats
+from pipeline.failing import AllFailed, all_failed
 from pipeline.files import absolute
 from pipeline.lease import Fence
 from pipeline.ledger import JOURNAL, RETRY, Ledger
@@ -63,8 +66,8 @@ def run(spec: JobSpec, show: Display, take_over: bool = False) -> Outcome:
     """Captions every row that has no caption yet, seals, verifies, and says how it went.
 
     Raises SpecError or LedgerMismatch for a job that must not start, LeaseHeld where another run is at it (unless
-    `take_over`), ClusterError where it cannot be placed, JobError, LeaseLost or Stopped for one that ended early;
-    whatever was published by then is kept.
+    `take_over`), ClusterError where it cannot be placed, JobError, AllFailed, LeaseLost or Stopped for one that ended
+    early; whatever was published by then is kept.
     """
     found, kept, ledger = _looked_at(spec, show)
     shards = found.shards
@@ -73,7 +76,8 @@ def run(spec: JobSpec, show: Display, take_over: bool = False) -> Outcome:
         verification = verified(ledger, found, show)
         failed = failed_shards(ledger, found, plan)
         return Outcome.of(spec, found, verification, failed)  # nothing is written, so no lease is needed
-    _check_checkpoint(spec, show)
+    if plan.to_caption:
+        _check_checkpoint(spec, show)
     with open_session(spec, take_over, show) as session:
         ledger = session.ledger
         ledger.bind(spec)
@@ -119,7 +123,7 @@ def retry(spec: JobSpec, kinds: Collection[str], show: Display, take_over: bool 
 
             ledger.clear_success()
             work = [ShardWork(shard, rows) for shard, rows in failed]
-            generate(spec, session, work, kept, RETRY, lambda: _show_retried(session, total))
+            generate(spec, session, work, kept, RETRY, lambda: _retried(session, total))
             show.phase("amending sealed shards")
             merge_retried(ledger, shards)
         verification = verified(ledger, found, show)
@@ -137,18 +141,18 @@ def retry(spec: JobSpec, kinds: Collection[str], show: Display, take_over: bool 
         return outcome
 
 
-def _show_retried(session: Session, total: int) -> None:
+def _retried(session: Session, total: int) -> Progress:
     stats = Stats.total(entry.stats for part in session.ledger.retried() for entry in part.entries.values())
-    progress = Progress(
+    return Progress(
         total=total,
         done=stats.rows,
         errors=stats.failed,
         captioned=stats.rows,
         generated_tokens=stats.generated_tokens,
         seconds=session.seconds,
+        succeeded=stats.rows - stats.failed,
+        failed=stats.errors,
     )
-    session.show.update(progress)
-    session.record = progress.record()
 
 
 def _looked_at(spec: JobSpec, show: Display) -> tuple[Input, pa.Schema, Ledger]:
@@ -248,20 +252,21 @@ def _caption(spec: JobSpec, session: Session, shards: Sequence[Shard], kept: pa.
         partial(task(_seal).remote, session.ledger, kept), partial(task(_discard).remote, session.ledger)
     )
 
-    def look() -> None:
+    def look() -> Progress:
         now = session.ledger.plan(shards)
-        progress = Progress(
+        if not session.draining:
+            sealing.advance(now)
+        good, good_before = (p.stats.rows - p.stats.failed for p in (now, plan))
+        return Progress(
             total=now.rows,
             done=now.rows_done,
             errors=now.stats.failed,
             captioned=now.rows_done - plan.rows_done,
             generated_tokens=now.stats.generated_tokens - plan.stats.generated_tokens,
             seconds=session.seconds,
+            succeeded=good - good_before,
+            failed=Counter(now.stats.errors) - Counter(plan.stats.errors),
         )
-        session.show.update(progress)
-        session.record = progress.record()
-        if not session.signals.received:
-            sealing.advance(now)
 
     generate(spec, session, work, kept, JOURNAL, look)
     session.storage_retries += sum(map(_retries_of, sealing.tasks))
@@ -295,25 +300,44 @@ def generate(
     work: Sequence[ShardWork],
     kept: pa.Schema,
     folder: str,
-    look: Callable[[], None],
+    look: Callable[[], Progress],
 ) -> None:
-    """Runs the pipeline over `work` to its end; its captions become parts in `folder`. `look` is called meanwhile."""
+    """Runs the pipeline over `work` to its end; its captions become parts in `folder`. `look` is called meanwhile.
+
+    Raises AllFailed when there is no use in going on.
+    """
     session.show.phase("starting Ray")
-    from pipeline import cluster
+    from pipeline import cluster, placement
     from pipeline.stages import STORAGE_RETRIES
 
     spec = spec.model_copy(update={"resources": cluster.connect(spec.resources)})
     session.signals.install()  # Ray has put its own in place
     cluster.preflight(spec.resources, cluster.capacity())
-    _quieten()
-    session.show.phase("loading the model")
-    parts = dataset(spec, work, kept, session.ledger, session.lease.fence, folder)
+    dead_before = placement.dead_nodes()
+    with placement.wait_for_room(spec.resources, session.waiting) as turn:
+        _quieten()
+        session.show.phase("loading the model")
+        parts = dataset(spec, work, kept, session.ledger, session.lease.fence, folder)
 
-    def work_through() -> None:
-        for part in parts.iter_rows():
-            session.storage_retries += int(part[STORAGE_RETRIES])
+        def work_through() -> None:
+            for part in parts.iter_rows():
+                session.storage_retries += int(part[STORAGE_RETRIES])
 
-    session.watch(work_through, look)
+        loaded = False
+
+        def look_on() -> Progress:
+            nonlocal loaded
+            turn.release_once_placed(spec.resources)
+            loaded = loaded or placement.model_is_loaded()
+            return replace(look(), loaded=loaded)
+
+        def lacking() -> str:
+            return placement.lacking(spec.resources, placement.standing(), dead_before)
+
+        def verdict(progress: Progress) -> AllFailed | None:
+            return all_failed(progress, spec.limits.stop_after_failures, session.ledger, folder)
+
+        session.watch(work_through, look_on, lacking, verdict)
 
 
 def _check_model_path(spec: JobSpec) -> None:

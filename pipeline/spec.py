@@ -199,10 +199,12 @@ class OutputSpec(_Section):
 
 class LimitsSpec(_Section):
     """A job that is done exits 3 above `max_failed_fraction`, the share of error rows, or `max_failed_shards`, the
-    number of input files that cannot be read, wholly or in part. `max_pixels`: of one image."""
+    number of input files that cannot be read, wholly or in part. A run stops with 3 once `stop_after_failures` rows,
+    all so far, failed with one kind of error (null: never). `max_pixels`: of one image."""
 
     max_failed_fraction: Real = Field(default=0.05, ge=0, le=1)
     max_failed_shards: Count = Field(default=0, ge=0)
+    stop_after_failures: Annotated[Count, Field(ge=1)] | None = 200
     max_pixels: Count = Field(default=178_956_970, ge=1)
 
 

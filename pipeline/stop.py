@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_GRACE_SECONDS = 20.0  # Kubernetes kills after 30
+GRACE_SECONDS = 20.0  # Kubernetes kills after 30
 _RAY_JOB_SECONDS = 3.0  # `ray job stop` kills after RAY_JOB_STOP_WAIT_TIME_S, and this is its default
 _EXIT_SECONDS = 2.0  # of that, to release the lease and leave
 
@@ -34,7 +34,7 @@ def grace() -> float:
     told = os.environ.get("RAY_JOB_STOP_WAIT_TIME_S")
     submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     if told is None and not submitted:
-        return _GRACE_SECONDS
+        return GRACE_SECONDS
     return max(1.0, float(told or _RAY_JOB_SECONDS) - _EXIT_SECONDS)
 
 

@@ -36,6 +36,7 @@ DRIVES_RAY = {
     "pipeline.cluster",
     "pipeline.dataflow",
     "pipeline.deaths",
+    "pipeline.placement",
     "pipeline.source",
     "pipeline.stages",
 }

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -181,3 +182,60 @@ def test_another_checkpoint_is_refused_and_a_removed_shard_is_reported(folder):
         assert done.code == 0 and "data/part-00001.parquet" in done.out
     nowhere = tessera("status", folder / "in")
     assert nowhere.code == 2 and "no output of Tessera's" in nowhere.err
+
+
+def test_jobs_beside_each_other_wait_for_room_say_so_and_finish(tmp_path, ray_address):
+    """Three at once, each of which needs the whole cluster. Whichever is first runs; one that waits is stopped."""
+    processes: dict[Path, subprocess.Popen[str]] = {}
+    for name in "abc":
+        root = tmp_path / name
+        write_dataset(root / "in", rows=64, shards=1, seed=1)
+        command = [sys.executable, "-m", "jobs.cli", "run", SPEC, *options(root, resources__generate__cpus=2)]
+        with (root / "said").open("w") as said:
+            processes[root] = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment(RAY_ADDRESS=ray_address),
+                stdout=said,
+                stderr=said,
+                text=True,
+            )
+
+    def waiting() -> list[Path]:
+        return [root for root in processes if "waiting for room" in (root / "said").read_text()]
+
+    try:
+        deadline = time.monotonic() + 120
+        while len(waiting()) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        stopped, second = waiting()
+        processes[stopped].terminate()
+        assert processes.pop(stopped).wait(30) == 5
+        assert "the same command goes on from there" in (stopped / "said").read_text().splitlines()[-1]
+        assert all(process.wait(200) == 0 for process in processes.values())
+    finally:
+        for process in processes.values():
+            process.kill()
+    lines = (second / "said").read_text().splitlines()
+    line = next(line for line in lines if line.startswith("waiting for room on the cluster: "))
+    needed = "the job needs at least 4 CPUs and 0 GPUs; the cluster has 4 CPUs and 2 GPUs, of which "
+    assert needed in line or "another job is placing its actors" in line
+    assert lines.index("loading the model") > lines.index(line)
+
+
+def test_a_run_stops_when_its_first_rows_all_fail_alike(tmp_path, ray_address):
+    (tmp_path / "in").mkdir()
+    image = pa.array([{"bytes": b"x", "path": None}])
+    for number in range(200):  # files: each is a task, so the run takes longer than a look at it
+        pq.write_table(pa.table({"image": image}), tmp_path / f"in/{number:03}.parquet")
+    arguments = options(tmp_path, limits__stop_after_failures=5, input__prompt="null", input__keep="null")
+    done = tessera("run", SPEC, *arguments, RAY_ADDRESS=ray_address)
+    said = done.err.splitlines()[-1]
+    assert done.code == 3 and re.match(r"tessera: the first \d+ rows all failed with 'decode', ", said), (
+        done.err
+    )
+    assert re.search(r"for instance \d{3}\.parquet row 0: .*limits\.stop_after_failures \(now 5\)", said)
+    parts = (tmp_path / "out" / JOURNAL).glob("part-*")
+    assert 5 <= sum(pq.read_metadata(path).num_rows for path in parts) < 200
+    assert not (tmp_path / "out/_SUCCESS").exists()

@@ -23,7 +23,7 @@ resources:
   preprocess: {replicas: [1, 16], cpus: 1}
   generate: {replicas: [1, 8], gpus: 1}
 output: {path: s3://bucket/captions/}
-limits: {max_failed_fraction: 0.05, max_failed_shards: 0, max_pixels: 178956970}
+limits: {max_failed_fraction: 0.05, max_failed_shards: 0, stop_after_failures: 200, max_pixels: 178956970}
 """
 
 
