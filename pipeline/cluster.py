@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 from ray._private.state import state as ray_state
@@ -134,27 +135,25 @@ def _initialise(local_cpus: int) -> None:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     address = os.environ.get("RAY_ADDRESS")
     environment = {"worker_process_setup_hook": _import_ours()} if _shadowed() else None
-    with _muted_stderr():
-        if address:
-            try:
+    quiet: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": logging.WARNING,
+        "runtime_env": environment,
+    }
+    try:
+        with _muted_stderr():
+            if address:
                 _knock(address)
-                ray.init(
-                    address=address,
-                    runtime_env=environment,
-                    log_to_driver=False,
-                    logging_level=logging.WARNING,
-                )
-            except (OSError, RuntimeError, ValueError) as error:
-                raise ClusterError(f"no Ray cluster answers at RAY_ADDRESS={address}: {error}") from None
-        else:
-            ray.init(
-                address="local",
-                num_cpus=local_cpus,
-                runtime_env=environment,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
+                ray.init(address=address, **quiet)
+            else:
+                ray.init(address="local", num_cpus=local_cpus, include_dashboard=False, **quiet)
+    except Exception as error:  # a node that does not come up is a bare Exception
+        where = f"no Ray cluster answers at RAY_ADDRESS={address}"
+        if not address:
+            where = (
+                "Ray did not start on this machine (is it busy, or out of memory?); its logs are in /tmp/ray"
             )
+        raise ClusterError(f"{where}: {str(error).partition(chr(10))[0]}") from None
 
 
 def _shadowed() -> bool:
@@ -239,7 +238,7 @@ def preflight(resources: ResourcesSpec, found: Capacity) -> None:
     )
     if gpus > found.max_gpus:
         raise ClusterError(
-            f"the job needs {gpus:g} GPUs and the cluster has {found.max_gpus:g} ({pools}): ask for fewer "
+            f"the job needs {gpus:g} GPU{'s' * (gpus != 1)} and the cluster has {found.max_gpus:g} ({pools}): ask for fewer "
             "replicas or GPUs, or set resources.generate.gpus=0 to run on CPUs"
         )
     if cpus > found.max_cpus:

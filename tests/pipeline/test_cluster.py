@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.cluster import Capacity, ClusterError, fitted, preflight, required, with_generate_cpus
+from pipeline.cluster import Capacity, ClusterError, connect, fitted, preflight, required, with_generate_cpus
 from pipeline.spec import ResourcesSpec
 
 
@@ -39,7 +39,7 @@ def test_what_fits_passes():
 
 def test_missing_gpus_are_refused_with_the_way_out():
     with pytest.raises(
-        ClusterError, match=r"needs 1 GPUs and the cluster has 0 .*resources\.generate\.gpus=0"
+        ClusterError, match=r"needs 1 GPU and the cluster has 0 .*resources\.generate\.gpus=0"
     ) as error:
         preflight(resources(), Capacity(64, 0, 64, 0))
     assert "\n" not in str(error.value)
@@ -71,3 +71,15 @@ def test_what_the_autoscaler_may_bring_counts():
 def test_a_replica_leaves_the_others_their_places(nodes, preprocess, cpus):
     open_spec = ResourcesSpec.model_validate({"preprocess": {"cpus": preprocess}, "generate": {"gpus": 0}})
     assert fitted(open_spec, nodes).generate.cpus == cpus
+
+
+def test_a_ray_that_does_not_start_is_told_in_one_sentence(monkeypatch):
+    def init(**_):
+        raise Exception("The current node timed out during startup.\nand more")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.init", init)
+    with pytest.raises(
+        ClusterError, match=r"Ray did not start on this machine .*timed out during startup\.$"
+    ):
+        connect(resources())
