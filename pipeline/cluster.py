@@ -238,8 +238,8 @@ def preflight(resources: ResourcesSpec, found: Capacity) -> None:
     )
     if gpus > found.max_gpus:
         raise ClusterError(
-            f"the job needs {gpus:g} GPU{'s' * (gpus != 1)} and the cluster has {found.max_gpus:g} ({pools}): ask for fewer "
-            "replicas or GPUs, or set resources.generate.gpus=0 to run on CPUs"
+            f"the job needs {gpus:g} GPU{'s' * (gpus != 1)} and the cluster has {found.max_gpus:g} ({pools}): ask for "
+            "fewer replicas or GPUs, or set resources.generate.gpus=0 to run on CPUs"
         )
     if cpus > found.max_cpus:
         raise ClusterError(
