@@ -1,5 +1,7 @@
 """output.path is never where the input lies, and never another dataset's output."""
 
+import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,11 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.dataflow import run
 from pipeline.ledger import Ledger
 from pipeline.overlap import refuse_other_dataset, refuse_overlap
+from pipeline.progress import Lines
 from pipeline.shards import discover
 from pipeline.spec import JobSpec, SpecError, parse_spec
 from pipeline.storage import Storage
+from tests.checkpoints import untrained
 from tests.pipeline.ledgers import captions, run_to_the_end
 
 
@@ -131,3 +136,27 @@ def test_the_same_dataset_may_change_grow_and_be_named_otherwise(root: Path) -> 
     (root / "in/sub/b.parquet").unlink()
     write(root / "in/tonight.parquet")
     check(spec_of("in", "out"))  # every shard is another one: the folder is the same
+
+
+def test_an_output_that_another_dataset_took_since_the_first_look_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two first runs at once: while one reads its checkpoint, the other begins and ends."""
+    for folder in ("ours", "theirs"):
+        write(tmp_path / folder / "a.parquet")
+    model = {"path": untrained("llava_onevision")}
+    ours, theirs = (
+        parse_spec(
+            {
+                "input": {"path": str(tmp_path / folder)},
+                "model": model,
+                "output": {"path": str(tmp_path / "out")},
+            }
+        )
+        for folder in ("ours", "theirs")
+    )
+    monkeypatch.setattr("pipeline.dataflow._check_checkpoint", lambda *_: captioned(theirs))
+    with pytest.raises(SpecError, match=f"holds captions of 1 shards .* from {tmp_path / 'theirs'}"):
+        run(ours, Lines(io.StringIO()))
+    recorded = json.loads((tmp_path / "out/_tessera/spec.json").read_text())
+    assert recorded["spec"]["input"]["path"] == [str(tmp_path / "theirs")]
