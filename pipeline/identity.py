@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from actors.version import CAPTIONS
+from pipeline.entries import FORMAT
 from pipeline.files import absolute
 from pipeline.spec import JobSpec
 
@@ -30,7 +31,7 @@ def caption_fields(spec: JobSpec) -> dict[str, Any]:
     if os.path.isdir(spec.model.path):
         del fields["model.path"]
         fields["model.weights"] = weights_fingerprint(absolute(spec.model.path))
-    return {**fields, "tessera.captions": CAPTIONS}
+    return {**fields, "tessera.captions": CAPTIONS, "tessera.format": FORMAT}
 
 
 def identity_record(spec: JobSpec) -> dict[str, Any]:
@@ -60,6 +61,8 @@ def mismatch(url: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str
         advice += (
             " tessera.captions is the version of Tessera's prompts and tiling: captions would change with it."
         )
+    if "tessera.format" in names:
+        advice += " tessera.format is the version of its files: the captions are whole; go on with the Tessera that wrote them."
     return f"{url} holds captions of a job that differs in {differing}. {advice}"
 
 

@@ -79,3 +79,9 @@ def test_a_hub_checkpoint_is_its_id_and_a_folder_its_files(checkpoint: Path) -> 
     refused = mismatch("out", {**hub, "tessera.captions": 0}, hub)
     assert refused and "tessera.captions (0 there, " in refused and "version of Tessera's prompts" in refused
     assert mismatch("out", hub, dict(hub)) is None
+
+
+def test_an_output_in_another_format_is_refused_and_not_captioned_again():
+    now = {"tessera.format": 2}
+    said = mismatch("out", {}, now)
+    assert said and "tessera.format (null there, 2 here)" in said and "the captions are whole" in said
