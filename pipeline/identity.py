@@ -62,7 +62,9 @@ def mismatch(url: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str
             " tessera.captions is the version of Tessera's prompts and tiling: captions would change with it."
         )
     if "tessera.format" in names:
-        advice += " tessera.format is the version of its files: the captions are whole; go on with the Tessera that wrote them."
+        advice += (
+            " tessera.format is the version of its files: the captions are whole; go on with the Tessera that wrote them."
+        )
     return f"{url} holds captions of a job that differs in {differing}. {advice}"
 
 
