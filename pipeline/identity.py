@@ -63,7 +63,8 @@ def mismatch(url: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str
         )
     if "tessera.format" in names:
         advice += (
-            " tessera.format is the version of its files: the captions are whole; go on with the Tessera that wrote them."
+            " tessera.format is the version of its files: the captions are whole; go on with the Tessera that wrote "
+            "them."
         )
     return f"{url} holds captions of a job that differs in {differing}. {advice}"
 
