@@ -16,7 +16,7 @@ from actors.images.decode import decode
 
 def main(source: str, checkpoint: str, _: str, prompt: str, new_tokens: str) -> None:
     family = load_family(checkpoint)
-    requests = []
+    requests: list[Request] = []
     for path in sorted(Path(source).iterdir()):
         for data in pq.read_table(path)["image"].to_pylist():
             picture = decode(data, 1 << 30)
