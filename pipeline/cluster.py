@@ -58,7 +58,7 @@ def bundles(resources: ResourcesSpec) -> list[dict[str, float]]:
     preprocess, generate = resources.preprocess, resources.generate
     pieces = [{"CPU": preprocess.cpus}] * preprocess.replicas[0]
     pieces += [{"CPU": generate.cpus or 0, "GPU": generate.gpus}] * generate.replicas[0]
-    pieces += [{"CPU": IO_TASK_CPUS}] * round(_IO_CPUS / IO_TASK_CPUS)
+    pieces.append({"CPU": _IO_CPUS})  # in one piece: a task that splits blocks takes a whole CPU
     amounts = ({name: amount for name, amount in piece.items() if amount} for piece in pieces)
     return [piece for piece in amounts if piece]
 

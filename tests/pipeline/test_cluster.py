@@ -2,7 +2,16 @@
 
 import pytest
 
-from pipeline.cluster import Capacity, ClusterError, connect, fitted, preflight, required, with_generate_cpus
+from pipeline.cluster import (
+    Capacity,
+    ClusterError,
+    bundles,
+    connect,
+    fitted,
+    preflight,
+    required,
+    with_generate_cpus,
+)
 from pipeline.spec import ResourcesSpec
 
 
@@ -83,3 +92,8 @@ def test_a_ray_that_does_not_start_is_told_in_one_sentence(monkeypatch):
         ClusterError, match=r"Ray did not start on this machine .*timed out during startup\.$"
     ):
         connect(resources())
+
+
+def test_the_reads_share_is_one_piece():
+    """Splitting a block takes a whole CPU: quarters on four nodes would be reserved, and no block ever split."""
+    assert {"CPU": 1} in bundles(resources())[2:]
