@@ -10,7 +10,7 @@ TREE := pipeline actors jobs examples benchmarks tests
 help:
 	@echo "make demo    toy data, one job per model family, out/demo/report.html"
 	@echo "make test    the test suite"
-	@echo "make lint    ruff and mypy over the whole tree"
+	@echo "make lint    ruff, mypy and the direction of imports"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make clean   remove .venv, caches and out/"
 
@@ -32,6 +32,7 @@ test-parts: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check $(TREE)
 	$(BIN)/ruff format --check $(TREE)
+	$(BIN)/lint-imports
 	$(BIN)/mypy $(TREE)
 
 format: $(VENV)/.dev

@@ -3,10 +3,10 @@
 A segfault in a decoder or a device assert leaves nobody to write an error row, and the block is tried again for
 ever. So somebody outside must remember: an actor tells an `Attempts` object which rows it begins and which it has
 done, and is told in return how to go about them. Rows that were in flight when a process died are tried again
-alone, each with nothing beside it in the process: the next death then has one suspect. A row found guilty is
+alone, each with nothing beside it in the process: the next death then has one suspect. A row found quarantined is
 handed to the actor as an error row, and never tried again.
 
-The object is a plain protocol, so that actors run without a cluster; pipeline/deaths.py keeps the memory in Ray.
+The object is a plain protocol, so that actors run without a cluster; pipeline/run/crashes.py keeps the memory in Ray.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import NoReturn, Protocol
 
 import pyarrow as pa
 
-from actors.columns import ERROR, ERROR_TYPE, ROW, SHARD, error_value
+from actors.schema import ERROR, ERROR_TYPE, ROW, SHARD, error_value
 
 RowKey = tuple[str, int]
 """(shard, row): a row's identity."""
@@ -32,12 +32,12 @@ class Ruling:
     Attributes:
         ticket: Names the attempt when it is done.
         alone: Nothing was begun: begin these rows one by one, each with nothing beside it.
-        guilty: Rows not to be tried, with the message of their error.
+        quarantined: Rows not to be tried, with the message of their error.
     """
 
     ticket: int = 0
     alone: bool = False
-    guilty: Mapping[RowKey, str] = field(default_factory=dict)
+    quarantined: Mapping[RowKey, str] = field(default_factory=dict)
 
 
 class Attempts(Protocol):
@@ -97,29 +97,29 @@ class Guard:
     def __init__(self, attempts: Attempts) -> None:
         attempts.started()
         self._attempts = attempts
-        self._floor = _Floor()
+        self._lock = SharedExclusiveLock()
 
     def run(self, block: pa.Table, work: Callable[[pa.Table], pa.Table]) -> pa.Table:
         """`work(block)`, where rows known to kill their process reach `work` as error rows."""
         rows = list(zip(block[SHARD].to_pylist(), block[ROW].to_pylist(), strict=True))
         if not rows:
             return work(block)
-        with self._floor.shared():
+        with self._lock.shared():
             ruling = self._attempts.begin(rows, False)
             if not ruling.alone:
                 return self._finish(ruling, self._marked(block, rows, ruling), work)
         results = []
         for index, row in enumerate(rows):
-            with self._floor.alone():
+            with self._lock.alone():
                 ruling = self._attempts.begin([row], True)
                 single = self._marked(block.slice(index, 1), [row], ruling)
-                results.append(work(single) if ruling.guilty else self._finish(ruling, single, work))
+                results.append(work(single) if ruling.quarantined else self._finish(ruling, single, work))
         self._attempts.settled(rows)
         return pa.concat_tables(results)
 
     def beside(self) -> AbstractContextManager[None]:
         """For other work of the process: it never runs beside a row that is tried alone, and does not wait long."""
-        return self._floor.shared(first=True)
+        return self._lock.shared(first=True)
 
     def _finish(self, ruling: Ruling, block: pa.Table, work: Callable[[pa.Table], pa.Table]) -> pa.Table:
         result = work(block)  # an error that escapes ends the job or the process: the attempt stays open
@@ -127,17 +127,19 @@ class Guard:
         return result
 
     def _marked(self, block: pa.Table, rows: Sequence[RowKey], ruling: Ruling) -> pa.Table:
-        """The block with an error in each guilty row; both stages pass such rows through untouched."""
-        if not ruling.guilty:
+        """The block with an error in each quarantined row; both stages pass such rows through untouched."""
+        if not ruling.quarantined:
             return block
         errors = [
-            error_value("crash", self._attempts.stage, ruling.guilty[row]) if row in ruling.guilty else error
+            error_value("crash", self._attempts.stage, ruling.quarantined[row])
+            if row in ruling.quarantined
+            else error
             for row, error in zip(rows, block[ERROR].to_pylist(), strict=True)
         ]
         return block.set_column(block.schema.get_field_index(ERROR), ERROR, pa.array(errors, ERROR_TYPE))
 
 
-class _Floor:
+class SharedExclusiveLock:
     """Many at once, or one alone; who wants to be alone goes before newcomers."""
 
     def __init__(self) -> None:

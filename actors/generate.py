@@ -16,7 +16,9 @@ import pyarrow as pa
 import torch
 
 from actors.attempts import Attempts, Guard, Unwatched
-from actors.columns import (
+from actors.engine import Completion, DeviceLost, EngineName, Request, Sampling, build_engine, row_seed
+from actors.families import load_family, load_model
+from actors.schema import (
     ERROR,
     IDENTITY,
     PIXELS,
@@ -27,8 +29,6 @@ from actors.columns import (
     TOKEN_IDS,
     error_value,
 )
-from actors.engine import Completion, DeviceLost, EngineName, Request, Sampling, build_engine, row_seed
-from actors.families import load_family, load_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ _UNWATCHED = Unwatched("generate")
 
 
 class Generate:
-    """Maps a block of `Preprocess` to a block for the ledger (the columns: actors/columns.py)."""
+    """Maps a block of `Preprocess` to a block for the ledger (the columns: actors/schema.py)."""
 
     def __init__(self, config: GenerateConfig, attempts: Attempts = _UNWATCHED) -> None:
         self._attempts, self._guard = attempts, Guard(attempts)  # first: a death while loading counts as one

@@ -17,7 +17,12 @@ import pyarrow as pa
 import torch
 
 from actors.attempts import Attempts, Guard, Unwatched
-from actors.columns import (
+from actors.errors import RowError
+from actors.families import load_family
+from actors.families.base import Size, VideoSize
+from actors.families.messages import Kind, Message, slots, text_message
+from actors.images.decode import decode
+from actors.schema import (
     ERROR,
     ERROR_TYPE,
     IDENTITY,
@@ -28,11 +33,6 @@ from actors.columns import (
     VIDEO,
     error_value,
 )
-from actors.errors import RowError
-from actors.families import load_family
-from actors.families.base import Size, VideoSize
-from actors.families.messages import Kind, Message, slots, text_message
-from actors.images.decode import decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ _UNWATCHED = Unwatched("preprocess")
 
 
 class Preprocess:
-    """Maps a block of the source's columns to a block for `Generate` (the columns: actors/columns.py)."""
+    """Maps a block of the source's columns to a block for `Generate` (the columns: actors/schema.py)."""
 
     def __init__(self, config: PreprocessConfig, attempts: Attempts = _UNWATCHED) -> None:
         self._guard = Guard(attempts)  # first, so that a death while loading counts as one

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from examples.toy.checkpoint import write_untrained
-from pipeline.storage import Storage
+from pipeline.storage.storage import Storage
 from tests.chaos.ground import Ground, ground
 from tests.chaos.s3 import stormy_bucket
 from tests.chaos.scene import Audit, Scene, audit, write_input

@@ -1,6 +1,6 @@
 """Random-weight models of the real architectures, for benchmarks: real cost without the weights.
 
-The one idea: a size is a table of layer shapes. `mini` is small enough for two CPU cores and large enough that matrix
+A size is a table of layer shapes. `mini` is small enough for two CPU cores and large enough that matrix
 products dominate; `0.5b` and `7b` have the layer shapes of the named checkpoints. Tokenizers are the toys': words do
 not matter here, since every row generates a given number of tokens.
 """

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from actors.engine.cpu_layers import PackedLinear
+from actors.engine.devices.cpu.layers import PackedLinear
+from actors.engine.devices.kv_cache import KVShape
 from actors.engine.engine import ContinuousEngine
-from actors.engine.kv_cache import KVShape
 from actors.engine.sampling import Sampled
 from actors.engine.scheduler import Chunk
 from actors.engine.types import Request

@@ -1,6 +1,6 @@
 """The systems that the engine benchmark compares, each as a function: rows in, seconds and generated tokens out.
 
-The one idea: all of them get the same token ids and uint8 tiles in memory and give back token ids; what is timed is
+All of them get the same token ids and uint8 tiles in memory and give back token ids; what is timed is
 everything between.
 """
 

@@ -1,6 +1,6 @@
 """vLLM as a system of the engine benchmark, in an interpreter of its own.
 
-The one idea: vLLM pins its own torch, so it cannot share our process. It gets the same checkpoint folder (random
+VLLM pins its own torch, so it cannot share our process. It gets the same checkpoint folder (random
 weights of its own: `load_format="dummy"`), prompts of the same length, noise of the same image sizes and the same
 numbers of tokens to generate; it prints one line of JSON. Run as a script, this file is that other side and imports
 nothing of ours.

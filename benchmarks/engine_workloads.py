@@ -1,6 +1,6 @@
 """The rows that every system of the engine benchmark generates for.
 
-The one idea: a row is a prompt, noise for pixels and a number of tokens to generate, drawn once; each system runs the
+A row is a prompt, noise for pixels and a number of tokens to generate, drawn once; each system runs the
 same rows, so rates compare directly. `decode-heavy` has few visual tokens and log-normal captions (mean 60, at most
 128), `prefill-heavy` thousands of visual tokens and about 30 tokens of text.
 """

@@ -15,10 +15,10 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 from ray.data.checkpoint import CheckpointConfig
 
-from actors.columns import ERROR, ERROR_TYPE, FINGERPRINT, IMAGES, ROW, SHARD
 from actors.engine import Sampling
 from actors.generate import Generate, GenerateConfig
 from actors.preprocess import Preprocess, PreprocessConfig
+from actors.schema import ERROR, ERROR_TYPE, FINGERPRINT, IMAGES, ROW, SHARD
 
 KEEP = ("id", "truth")
 BLOCK_ROWS = 32

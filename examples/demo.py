@@ -19,11 +19,11 @@ from rich.table import Table
 from examples.toy.dataset import write_dataset
 from examples.toy.vocabulary import LANGUAGES
 from pipeline.dataflow import run
-from pipeline.outcome import Outcome
-from pipeline.progress import display
-from pipeline.report import Section, render
-from pipeline.report_reader import read_section
-from pipeline.spec import JobSpec, load_spec
+from pipeline.report.page import Section, render
+from pipeline.report.reader import read_section
+from pipeline.run.outcome import Outcome
+from pipeline.run.progress import display
+from pipeline.spec.job_spec import JobSpec, load_spec
 
 EXAMPLES = Path(__file__).parent
 FAMILIES = ("llava_onevision", "aya_vision", "aria", "fuyu")

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, get_args
 from actors.errors import ErrorKind
 
 if TYPE_CHECKING:
-    from pipeline.outcome import Outcome
-    from pipeline.spec import JobSpec
+    from pipeline.run.outcome import Outcome
+    from pipeline.spec.job_spec import JobSpec
 
 OK, BROKEN, BAD_SPEC, TOO_MANY_FAILED, HELD, STOPPED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 
@@ -26,12 +26,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; bad arguments exit with 2."""
     options = _parser().parse_args(arguments)
     # Imported here, so that `tessera --help` answers at once.
-    from pipeline.failing import AllFailed
-    from pipeline.lease import LeaseHeld, LeaseLost
-    from pipeline.ledger import LedgerMismatch
-    from pipeline.spec import SpecError
-    from pipeline.stop import Stopped
-    from pipeline.weather import MissingBucket
+    from pipeline.ledger.ledger import LedgerMismatch
+    from pipeline.run.failing import AllFailed
+    from pipeline.run.stop import Stopped
+    from pipeline.spec.job_spec import SpecError
+    from pipeline.storage.lease import LeaseHeld, LeaseLost
+    from pipeline.storage.retrying import MissingBucket
 
     try:
         code: int = options.command(options)
@@ -100,12 +100,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def run_job(options: argparse.Namespace) -> int:
     """Captions the rows that have no caption yet and seals finished shards. Safe to repeat and to kill."""
-    from pipeline.spec import load_spec
+    from pipeline.spec.job_spec import load_spec
 
     spec = load_spec(options.spec, options.set)  # before the slow imports: a typo is told at once
 
     from pipeline.dataflow import run
-    from pipeline.progress import display
+    from pipeline.run.progress import display
 
     with display(spec.name, sys.stderr) as show:
         outcome = run(spec, show, options.take_over)
@@ -114,7 +114,7 @@ def run_job(options: argparse.Namespace) -> int:
 
 def retry_job(options: argparse.Namespace) -> int:
     """Tries the error rows of some kinds again and puts the results in their place; no other row is touched."""
-    from pipeline.job import load_job
+    from pipeline.ledger.load_job import load_job
 
     kinds = tuple(kind.strip() for kind in options.only.split(","))
     unknown = [kind for kind in kinds if kind not in get_args(ErrorKind)]
@@ -124,7 +124,7 @@ def retry_job(options: argparse.Namespace) -> int:
     spec = load_job(options.spec, options.set)
 
     from pipeline.dataflow import retry
-    from pipeline.progress import display
+    from pipeline.run.progress import display
 
     with display(spec.name, sys.stderr) as show:
         outcome = retry(spec, kinds, show, options.take_over)
@@ -138,18 +138,18 @@ def _told(spec: JobSpec, outcome: Outcome) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from pipeline.job import load_job
-    from pipeline.status import status
+    from pipeline.ledger.load_job import load_job
+    from pipeline.report.status import status
 
     print(status(load_job(options.spec, options.set)))
     return OK
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from pipeline.job import load_job
-    from pipeline.ledger import Ledger
-    from pipeline.outcome import shards_told
-    from pipeline.shards import discover
+    from pipeline.input.shards import discover
+    from pipeline.ledger.ledger import Ledger
+    from pipeline.ledger.load_job import load_job
+    from pipeline.run.outcome import shards_told
 
     spec = load_job(options.spec, options.set)
     found = discover(spec.input)
@@ -165,10 +165,10 @@ def _verify(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from pipeline.job import load_job
-    from pipeline.ledger import Ledger
-    from pipeline.report import render
-    from pipeline.report_reader import read_section
+    from pipeline.ledger.ledger import Ledger
+    from pipeline.ledger.load_job import load_job
+    from pipeline.report.page import render
+    from pipeline.report.reader import read_section
 
     spec = load_job(options.spec, options.set)
     seconds = sum(run["seconds"] for run in Ledger(spec.output.path).runs()) or None

@@ -7,10 +7,10 @@ from typing import Any
 import pyarrow as pa
 from PIL import Image
 
-from actors.columns import ERROR, ERROR_TYPE, FINGERPRINT, IMAGES, ROW, SHARD, VIDEO
 from actors.engine import Sampling
 from actors.generate import GenerateConfig
 from actors.preprocess import PreprocessConfig
+from actors.schema import ERROR, ERROR_TYPE, FINGERPRINT, IMAGES, ROW, SHARD, VIDEO
 
 
 def picture(width: int = 60, height: int = 50, color: str = "red") -> bytes:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.spec import parse_spec
+from pipeline.spec.job_spec import parse_spec
 from tests.commands import BIN, ROOT, environment
 
 README = (ROOT / "README.md").read_text()
@@ -26,6 +26,13 @@ def blocks(language: str) -> list[str]:
 def commands() -> list[str]:
     lines = [line.partition("  #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
     return [line for line in lines if line]
+
+
+def output(snippet: str) -> str:
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        exec(snippet, {})
+    return said.getvalue()
 
 
 @pytest.fixture
@@ -63,11 +70,10 @@ def test_every_command_works_in_the_order_given(project, dashboard, monkeypatch)
     assert "data:image/" in (project / "out/x.html").read_text()
 
     monkeypatch.chdir(project)
-    for snippet in blocks("python"):
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said):
-            exec(snippet, {})
-        assert "decode" in said.getvalue()
+    said = [output(snippet) for snippet in blocks("python")]
+    assert len(said) == 2
+    assert "decode" in said[0]
+    assert said[1] == "a yellow square left of a purple square on a gray background\n"
 
 
 def test_make_has_the_targets_named():

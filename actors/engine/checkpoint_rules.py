@@ -1,21 +1,20 @@
 """What a checkpoint's generation_config.json asks of every text, beyond what the job spec says.
 
-The one idea: asked for is applied or refused, never ignored. The rules here only forbid ids, so their order among
+Asked for is applied or refused, never ignored. The rules here only forbid ids, so their order among
 themselves and the repetition penalty does not matter, and greedy tokens stay `generate`'s. What would change tokens
 in any other way is refused by name when the engine is built; the reference engine applies it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from collections.abc import Sequence as Seq
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
-from actors.engine.scheduler import Sequence
+from actors.engine.scheduler import SequenceState
 from actors.families.checkpoint import CheckpointError
 
 # Fields that change tokens -> the values at which they do not. Not here: what the job spec sets itself (lengths,
@@ -85,7 +84,7 @@ class CheckpointRules:
             ),
         )
 
-    def apply(self, scores: Tensor, sequences: Seq[Sequence]) -> Tensor:
+    def apply(self, scores: Tensor, sequences: Sequence[SequenceState]) -> Tensor:
         """scores [R, V], one row a sequence -> the same with forbidden ids at -inf; `scores` itself is left alone."""
         first = [index for index, sequence in enumerate(sequences) if not sequence.generated]
         short = [index for index, sequence in enumerate(sequences) if self._is_short(sequence)]
@@ -101,7 +100,7 @@ class CheckpointRules:
                 scores = scores.index_put(at, scores.new_tensor(float("-inf")))
         return scores
 
-    def _is_short(self, sequence: Sequence) -> bool:
+    def _is_short(self, sequence: SequenceState) -> bool:
         length = len(sequence.generated)
         return length < self.min_new_tokens or sequence.prompt_length + length < self.min_length
 

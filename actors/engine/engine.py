@@ -1,6 +1,6 @@
 """The continuous-batching engine: sequences enter and leave at every step.
 
-The one idea: one thread runs steps over whatever is there; any number of callers submit requests and take their own
+One thread runs steps over whatever is there; any number of callers submit requests and take their own
 completions as they finish. So a caller's last rows decode beside the next caller's first ones, and the batch stays
 full across their borders.
 """
@@ -17,15 +17,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from actors.engine.attention import use_packed_attention
 from actors.engine.checkpoint_rules import CheckpointRules, check_positions
-from actors.engine.device import prepare_device
+from actors.engine.devices.prepare import prepare_device
 from actors.engine.failures import describe, is_fatal, is_out_of_memory, row_error
-from actors.engine.model_runner import ModelRunner
-from actors.engine.prefix import find_leader, prefix_key, shared_tokens
+from actors.engine.model.packed import use_packed_attention
+from actors.engine.model.runner import ModelRunner
+from actors.engine.prefix import find_prefix_source, prefix_key, shared_tokens
 from actors.engine.reference import complete
 from actors.engine.sampling import Sampled
-from actors.engine.scheduler import Chunk, Limits, Scheduler, Sequence
+from actors.engine.scheduler import Chunk, Limits, Scheduler, SequenceState
 from actors.engine.stopping import Stopper
 from actors.engine.types import Completion, DeviceLost, Request
 from actors.errors import RowError
@@ -61,7 +61,7 @@ class ContinuousEngine:
         self.runner = ModelRunner(family, model, device, self.rules)
         self.scheduler = Scheduler(device.limits, self._reserve, device.cache.release)
         self._stopper = Stopper(family)
-        self._incoming: list[Sequence] = []
+        self._incoming: list[SequenceState] = []
         self._wake = Condition()
         self._thread: Thread | None = None
         self._lost: DeviceLost | None = None
@@ -69,8 +69,8 @@ class ContinuousEngine:
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Completions as they finish. Safe to call from several threads at once; requests are taken from the iterable
         only as far ahead as keeps the engine full. Raises DeviceLost."""
-        finished: SimpleQueue[tuple[Sequence, Completion | DeviceLost]] = SimpleQueue()
-        outstanding: set[Sequence] = set()
+        finished: SimpleQueue[tuple[SequenceState, Completion | DeviceLost]] = SimpleQueue()
+        outstanding: set[SequenceState] = set()
         left = iter(requests)
         exhausted = False
         try:
@@ -98,7 +98,7 @@ class ContinuousEngine:
             for sequence in outstanding:
                 sequence.cancelled = True
 
-    def _sequence(self, request: Request, finished: SimpleQueue) -> Sequence:
+    def _sequence(self, request: Request, finished: SimpleQueue) -> SequenceState:
         if self.rules.unsupported_sampling and request.sampling.temperature > 0:
             fields = ", ".join(self.rules.unsupported_sampling)
             message = (
@@ -107,13 +107,13 @@ class ContinuousEngine:
             )
             raise RowError("generate", message)
         placeholders = self.family.placeholders(np.asarray(request.token_ids))
-        sequence = Sequence(request, emit=finished.put, placeholders=placeholders)
+        sequence = SequenceState(request, emit=finished.put, placeholders=placeholders)
         if len(placeholders):
             sequence.prefix = int(placeholders[-1]) + 1
             sequence.prefix_key = prefix_key(sequence)
         return sequence
 
-    def _submit(self, sequence: Sequence) -> None:
+    def _submit(self, sequence: SequenceState) -> None:
         with self._wake:
             if self._lost is not None:
                 raise self._lost
@@ -172,15 +172,15 @@ class ContinuousEngine:
         if chunks:
             self._compute(chunks)
 
-    def _reserve(self, sequence: Sequence) -> object:
-        leader = find_leader(sequence, self.scheduler.running)
-        if leader is None:
+    def _reserve(self, sequence: SequenceState) -> object:
+        prefix_source = find_prefix_source(sequence, self.scheduler.running)
+        if prefix_source is None:
             return self.cache.reserve(sequence.reserve)
-        reservation = self.cache.reserve(sequence.reserve, leader.reservation, shared_tokens(sequence))
-        sequence.leader = leader if reservation is not None else None
+        reservation = self.cache.reserve(sequence.reserve, prefix_source.reservation, shared_tokens(sequence))
+        sequence.prefix_source = prefix_source if reservation is not None else None
         return reservation
 
-    def _enter(self, sequence: Sequence) -> None:
+    def _enter(self, sequence: SequenceState) -> None:
         expected = sum(layout.tokens for layout in sequence.request.layouts)
         if len(sequence.placeholders) != expected:
             message = f"the prompt has {len(sequence.placeholders)} placeholders for {expected} features"
@@ -188,17 +188,17 @@ class ContinuousEngine:
         elif not sequence.prompt_length:
             self._fail(sequence, RowError("prompt", "the prompt is empty"))
 
-    def _take_prefix(self, sequence: Sequence) -> None:
-        leader, tokens = sequence.leader, shared_tokens(sequence)
-        if leader is None:
+    def _take_prefix(self, sequence: SequenceState) -> None:
+        prefix_source, tokens = sequence.prefix_source, shared_tokens(sequence)
+        if prefix_source is None:
             return
-        if leader.reservation is None:  # it failed or was given up before: this one leads now
-            sequence.leader = find_leader(sequence, self.scheduler.running)
-        elif leader.computed >= tokens:
-            self.cache.copy_prefix(leader.reservation, sequence.reservation, tokens)
-            sequence.computed, sequence.leader = tokens, None
+        if prefix_source.reservation is None:  # it failed or was given up before: this one leads now
+            sequence.prefix_source = find_prefix_source(sequence, self.scheduler.running)
+        elif prefix_source.computed >= tokens:
+            self.cache.copy_prefix(prefix_source.reservation, sequence.reservation, tokens)
+            sequence.computed, sequence.prefix_source = tokens, None
 
-    def _encode(self, sequences: list[Sequence]) -> None:
+    def _encode(self, sequences: list[SequenceState]) -> None:
         """Image features for `sequences`. What fails together is tried apart, so that one image fails alone."""
         if not sequences:
             return
@@ -246,7 +246,7 @@ class ContinuousEngine:
             row += 1
             self._finish_if_done(sequence)
 
-    def _finish_if_done(self, sequence: Sequence) -> None:
+    def _finish_if_done(self, sequence: SequenceState) -> None:
         request, generated = sequence.request, sequence.generated
         try:  # text is a row's own matter: a tokenizer that chokes on it takes no other row with it
             if not self._stopper.finished(generated, request.sampling):
@@ -260,11 +260,11 @@ class ContinuousEngine:
         self.scheduler.remove(sequence)
         sequence.emit((sequence, completion))
 
-    def _fail(self, sequence: Sequence, error: RowError) -> None:
+    def _fail(self, sequence: SequenceState, error: RowError) -> None:
         self.scheduler.remove(sequence)
         self._emit(sequence, error)
 
-    def _emit(self, sequence: Sequence, error: RowError) -> None:
+    def _emit(self, sequence: SequenceState, error: RowError) -> None:
         sequence.emit((sequence, Completion(sequence.request.key, (), None, "error", error)))
 
     def _check(self, error: Exception) -> None:

@@ -1,6 +1,6 @@
 """The next token of each row, from its logits and its own rules.
 
-The one idea: a row's draw depends on its logits, its seed and how many tokens it has, nothing else. The random
+A row's draw depends on its logits, its seed and how many tokens it has, nothing else. The random
 number comes from a counter-based hash of (seed, index), and picks a token by the inverse of the row's cumulative
 distribution; so a text is the same whatever its neighbours in the batch. Order of operations is transformers':
 repetition penalty, what the checkpoint forbids, temperature, top-k, top-p.
@@ -8,14 +8,14 @@ repetition penalty, what the checkpoint forbids, temperature, top-k, top-p.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from actors.engine.checkpoint_rules import CheckpointRules
-from actors.engine.scheduler import Sequence
+from actors.engine.scheduler import SequenceState
 from actors.engine.types import Sampling
 
 _MASK = (1 << 64) - 1
@@ -30,7 +30,7 @@ class Sampled(NamedTuple):
     logprobs: list[float] | None
 
 
-def sample(logits: Tensor, sequences: Seq[Sequence], rules: CheckpointRules) -> Sampled:
+def sample(logits: Tensor, sequences: Sequence[SequenceState], rules: CheckpointRules) -> Sampled:
     """logits [R, V], one row a sequence -> its next token. One copy to the host."""
     rows = [sequence.request.sampling for sequence in sequences]
     logits = logits.float()
@@ -60,7 +60,7 @@ def uniform_at(seed: int, index: int) -> float:
     return ((state ^ (state >> 31)) >> 11) * 2.0**-53
 
 
-def draw(scores: Tensor, rows: Seq[Sampling], uniform: Seq[float]) -> Tensor:
+def draw(scores: Tensor, rows: Sequence[Sampling], uniform: Sequence[float]) -> Tensor:
     """scores [R, V] float32 and one number in [0, 1) a row -> token ids int64 [R]. Either all rows truncate (top-k,
     top-p) or none does."""
     device, vocabulary = scores.device, scores.shape[1]
@@ -104,7 +104,7 @@ def _invert(weights: Tensor, number: Tensor) -> Tensor:
     return index.clamp_(max=weights.shape[1] - 1)
 
 
-def _penalize(logits: Tensor, sequences: Seq[Sequence], rows: Seq[Sampling]) -> Tensor:
+def _penalize(logits: Tensor, sequences: Sequence[SequenceState], rows: Sequence[Sampling]) -> Tensor:
     """transformers' repetition penalty: scores of ids already in the prompt (placeholders too) or the text are
     divided by it if positive, multiplied if negative."""
     penalized = [index for index, row in enumerate(rows) if row.repetition_penalty != 1]
@@ -125,7 +125,7 @@ def _penalize(logits: Tensor, sequences: Seq[Sequence], rows: Seq[Sampling]) -> 
     return result
 
 
-def _note_seen(sequence: Sequence, logits: Tensor) -> None:
+def _note_seen(sequence: SequenceState, logits: Tensor) -> None:
     if sequence.seen is None:
         sequence.seen = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
         ids = [*sequence.request.token_ids.tolist(), *sequence.generated]

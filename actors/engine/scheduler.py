@@ -1,6 +1,6 @@
 """Which sequences run, and what each step computes for them.
 
-The one idea: every step takes one token from each sequence that is decoding and as many prompt tokens of entering
+Every step takes one token from each sequence that is decoding and as many prompt tokens of entering
 ones as the step's budget allows, all packed side by side. Sequences enter in order of arrival once their whole
 reservation (prompt + max_new_tokens) fits, so nothing is preempted and the first in line is never overtaken.
 """
@@ -19,7 +19,7 @@ from actors.engine.types import Request
 
 
 @dataclass(slots=True, eq=False)
-class Sequence:
+class SequenceState:
     """A request on its way through the engine."""
 
     request: Request
@@ -37,7 +37,7 @@ class Sequence:
     """[placeholders, D] encoded images, until the prompt is computed."""
     seen: Tensor | None = None
     """bool [V]: ids of the prompt and the generated text, where a repetition penalty asks for it."""
-    leader: Sequence | None = None
+    prefix_source: SequenceState | None = None
     """A sequence with the same image and prompt start, whose prefix this one copies once it is computed."""
     prefix: int = 0
     """Tokens up to the end of the last image: what sequences with equal `prefix_key` may share."""
@@ -62,7 +62,7 @@ class Sequence:
 class Chunk:
     """Tokens [start, start + length) of a sequence, computed in one step."""
 
-    sequence: Sequence
+    sequence: SequenceState
     start: int
     length: int
 
@@ -92,20 +92,20 @@ class Scheduler:
     """Waiting and running sequences. `reserve` asks the device's cache for room; None means not now."""
 
     def __init__(
-        self, limits: Limits, reserve: Callable[[Sequence], Any], release: Callable[[Any], None]
+        self, limits: Limits, reserve: Callable[[SequenceState], Any], release: Callable[[Any], None]
     ) -> None:
         self.limits = limits
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self.waiting: deque[SequenceState] = deque()
+        self.running: list[SequenceState] = []
         self._reserve, self._release = reserve, release
 
     def __len__(self) -> int:
         return len(self.waiting) + len(self.running)
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: SequenceState) -> None:
         self.waiting.append(sequence)
 
-    def admit(self) -> Iterator[Sequence]:
+    def admit(self) -> Iterator[SequenceState]:
         """Moves waiting sequences into the cache while they fit; yields those that do not fit even alone.
 
         Strictly first come, first served: letting a small request pass a large one that waits for room would
@@ -133,7 +133,7 @@ class Scheduler:
         limit = self.limits.prefill_tokens
         whole = budget = max(limit - len(chunks), -(-limit // 2))
         for sequence in self.running:
-            if sequence.decoding or sequence.leader is not None:
+            if sequence.decoding or sequence.prefix_source is not None:
                 continue
             left = sequence.prompt_length - sequence.computed
             # A prompt that fits into a step is not split over two: the second part would have to attend to the first,
@@ -153,7 +153,7 @@ class Scheduler:
         if any(sequence.cancelled for sequence in self.waiting):
             self.waiting = deque(sequence for sequence in self.waiting if not sequence.cancelled)
 
-    def remove(self, sequence: Sequence) -> None:
+    def remove(self, sequence: SequenceState) -> None:
         """Takes a finished, failed or abandoned sequence out, and gives its room back."""
         self.running.remove(sequence)
         if sequence.reservation is not None:

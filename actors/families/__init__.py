@@ -1,6 +1,6 @@
 """The model families Tessera serves, and how a checkpoint finds its own.
 
-The one idea: config.json's model_type names the family; a family's module is imported only when asked for.
+Config.json's model_type names the family; a family's module is imported only when asked for.
 """
 
 import importlib

@@ -1,6 +1,6 @@
 """Aria: crops of 490 or 980 px, each with a mask of its real pixels and a fixed number of queries.
 
-The one idea: a crop is resized to `side` px, padded at its bottom and right with 0, and costs what the
+A crop is resized to `side` px, padded at its bottom and right with 0, and costs what the
 projector's `patch_to_query_dict` says (128 or 256 tokens), whatever it shows. The mask follows from the
 layout, so it is made on the device and never shipped. Where a checkpoint splits (`split_image`), the image
 is first fitted to the best of `split_resolutions` and cut; each image counts its own crops, unlike stock,

@@ -1,7 +1,7 @@
 """Aria checkpoints that store one weight per expert (`rhymes-ai/Aria-sequential_mlp` and its derivatives).
 
 The same model as `rhymes-ai/Aria`, its experts unrolled into Linear layers. transformers knows the fused
-layout only: it would report the experts as missing, initialise them at random and go on. The one idea: tell
+layout only: it would report the experts as missing, initialise them at random and go on. Tell
 its weight loader how to stack them; fused checkpoints load as before.
 """
 

@@ -1,6 +1,6 @@
 """What every model family is made of.
 
-The one idea: a family turns (image sizes, messages) into integers before any pixel or weight is touched.
+A family turns (image sizes, messages) into integers before any pixel or weight is touched.
 `layout` is the only place where token arithmetic exists; tiling, prompts, admission and planning use it.
 
 To add a family: subclass `Family`, give `image_defaults`, `placeholder`, `layout`, `tile`, `model_inputs`

@@ -1,6 +1,6 @@
 """What a checkpoint folder says, whichever transformers wrote it.
 
-The one idea: the 4.x layout (`preprocessor_config.json`, optional `processor_config.json`, template in
+The 4.x layout (`preprocessor_config.json`, optional `processor_config.json`, template in
 `chat_template.json` or in the tokenizer) and the 5.x layout (one `processor_config.json` with a nested
 `image_processor`, plus `chat_template.jinja`) are read into one `Checkpoint`, with the stock loaders'
 precedence. No stock processor is constructed, so torchvision is never needed. No weights are read.

@@ -1,6 +1,6 @@
 """Fuyu: no vision tower; patches of 30 px go straight into the decoder, a newline id after each row of them.
 
-The one idea: a tile is one patch, so an image has rows x columns tiles and as many features. An image larger
+A tile is one patch, so an image has rows x columns tiles and as many features. An image larger
 than `size` (1080 x 1920) is shrunk into it, a smaller one is left alone; it is then padded with the byte 1
 (sic: stock pads with 1.0 before it rescales) up to whole patches.
 

@@ -1,6 +1,6 @@
 """Chats as the chat templates take them, and the few questions that are asked of them.
 
-The one idea: a message says where a picture goes ({"type": "image"} or {"type": "video"}) and never holds it; the
+A message says where a picture goes ({"type": "image"} or {"type": "video"}) and never holds it; the
 row's pictures fill the slots of their kind in order.
 """
 

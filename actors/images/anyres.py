@@ -1,6 +1,6 @@
 """Which of several resolutions an image of any size is fitted to (the "anyres" rule of LLaVA-NeXT).
 
-The one idea: keep as many of the image's own pixels as possible, then waste as little canvas as possible.
+Keep as many of the image's own pixels as possible, then waste as little canvas as possible.
 Integers and floats only; the order of the float operations is the stock processors', so roundings agree.
 """
 

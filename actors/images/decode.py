@@ -1,6 +1,6 @@
 """Encoded image bytes -> uint8 RGB pixels.
 
-The one idea: do exactly what the stock processors do with a PIL image (transparency composited on white,
+Do exactly what the stock processors do with a PIL image (transparency composited on white,
 then "RGB"; EXIF orientation not applied), and turn everything that can go wrong into one `RowError`
 whose kind is the row's error kind.
 """

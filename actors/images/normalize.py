@@ -1,6 +1,6 @@
 """uint8 pixels -> normalised floats, on the model's device.
 
-The one idea: rescale and normalise is a function of one byte and its channel, so it is a 3 x 256 table.
+Rescale and normalise is a function of one byte and its channel, so it is a 3 x 256 table.
 Computed once with the stock (torchvision-backend) arithmetic, looking bytes up gives the stock processor's
 floats bit for bit on any device, while pixels travel at a quarter of the bytes.
 """

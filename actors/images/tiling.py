@@ -1,6 +1,6 @@
 """Resize, pad and cut uint8 images with core torch.
 
-The one idea: torchvision's resize of a uint8 tensor on the CPU *is* `F.interpolate(antialias=True)` on
+Torchvision's resize of a uint8 tensor on the CPU *is* `F.interpolate(antialias=True)` on
 uint8, so calling that directly gives the stock processors' pixels bit for bit without needing torchvision.
 """
 

@@ -1,6 +1,6 @@
 """Untrained toy checkpoints: real transformers classes, tokenizer, chat template and processor config.
 
-The one idea: a folder written here has the layout that transformers 5 saves, so whatever loads a hub
+A folder written here has the layout that transformers 5 saves, so whatever loads a hub
 checkpoint loads a toy one. Geometry: tiles of 48 px in patches of 12, so that an object is about two patches
 wide, which is what lets a model of a million parameters tell shapes. Aria takes one crop of 96 px, the larger
 of its two sizes (the stock image processor insists on 490 or 980, Tessera's reads the config); Fuyu takes the

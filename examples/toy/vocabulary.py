@@ -1,6 +1,6 @@
 """Word-level tokenizers for the toy checkpoints, with each family's real special tokens and chat format.
 
-The one idea: a vocabulary is every word that a scene's captions and prompts can hold, behind the special
+A vocabulary is every word that a scene's captions and prompts can hold, behind the special
 tokens that the family's processor and chat template know by name.
 """
 

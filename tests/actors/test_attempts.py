@@ -1,4 +1,4 @@
-"""The guard around a stage's work: whole blocks, suspects one by one with nothing beside them, guilty rows marked."""
+"""The guard around a stage's work: whole blocks, suspects one by one, quarantined rows marked."""
 
 import threading
 import time
@@ -8,10 +8,10 @@ import pyarrow as pa
 import pytest
 
 from actors.attempts import Guard, RowKey, Ruling, Unwatched
-from actors.columns import ERROR, FINGERPRINT, ROW, SHARD, error_value
 from actors.engine import DeviceLost
 from actors.generate import Generate
 from actors.preprocess import Preprocess
+from actors.schema import ERROR, FINGERPRINT, ROW, SHARD, error_value
 from tests.blocks import generate_config, picture, preprocess_config, source_block
 from tests.checkpoints import untrained
 
@@ -21,7 +21,7 @@ class Memory:
     """Rules as it is told, and writes down what it hears."""
 
     suspects: set[RowKey] = field(default_factory=set)
-    guilty: dict[RowKey, str] = field(default_factory=dict)
+    quarantined: dict[RowKey, str] = field(default_factory=dict)
     heard: list[object] = field(default_factory=list)
     stage: str = "preprocess"
 
@@ -32,7 +32,10 @@ class Memory:
         if not alone and self.suspects & set(rows):
             return Ruling(alone=True)
         self.heard.append(("begin", [row for _, row in rows], alone))
-        return Ruling(len(self.heard), guilty={row: self.guilty[row] for row in rows if row in self.guilty})
+        return Ruling(
+            len(self.heard),
+            quarantined={row: self.quarantined[row] for row in rows if row in self.quarantined},
+        )
 
     def done(self, ticket) -> None:
         self.heard.append("done")
@@ -134,7 +137,7 @@ def test_nothing_runs_beside_a_row_that_is_tried_alone():
 def test_preprocess_passes_a_guilty_row_on():
     path = untrained("llava_onevision")
     rows = source_block([[picture()], [picture()]], id=["x", "y"], prompt=["Describe the image."] * 2)
-    memory = Memory(guilty={("a.parquet", 0): "kills its process"})
+    memory = Memory(quarantined={("a.parquet", 0): "kills its process"})
     result = Preprocess(preprocess_config(path), memory)(rows).to_pylist()
     assert result[0][ERROR]["kind"] == "crash" and result[0]["_pixels"] is None
     assert result[1][ERROR] is None and result[1]["_pixels"]

@@ -9,13 +9,13 @@ import pyarrow as pa
 import pytest
 import torch
 
-from actors.columns import ERROR, IDENTITY, RESULT_SCHEMA, error_value
 from actors.engine.engine import ContinuousEngine
 from actors.engine.reference import ReferenceEngine
 from actors.errors import RowError
 from actors.families import load_family, load_model
 from actors.generate import Generate
 from actors.preprocess import Preprocess
+from actors.schema import ERROR, IDENTITY, RESULT_SCHEMA, error_value
 from tests.blocks import generate_config, picture, preprocess_config, source_block
 from tests.checkpoints import FAMILIES, untrained
 

@@ -5,10 +5,10 @@ import pyarrow as pa
 import pytest
 import torch
 
-from actors.columns import ERROR, PIXELS, SIZES, TOKEN_IDS, error_value
 from actors.families import load_family, user_message
 from actors.images.decode import decode
 from actors.preprocess import Preprocess
+from actors.schema import ERROR, PIXELS, SIZES, TOKEN_IDS, error_value
 from tests.blocks import picture, preprocess_config, source_block
 from tests.checkpoints import FAMILIES, untrained
 

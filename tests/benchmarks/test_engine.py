@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from actors.engine.devices.kv_cache import KVShape
 from actors.engine.engine import ContinuousEngine
-from actors.engine.kv_cache import KVShape
 from actors.engine.scheduler import Chunk
 from benchmarks import engine, engine_roofline, engine_soak
 from benchmarks.engine_models import FAMILIES, build

@@ -67,7 +67,7 @@ def install(folder: str) -> None:
     patches: dict[str, Callable[[ModuleType], None]] = {
         "actors.images.decode": _poison_decoder,
         "actors.generate": lambda module: _poison_engine(module, Path(folder)),
-        "pipeline.storage": lambda module: _deadly_storage(module, Path(folder)),
+        "pipeline.storage.storage": lambda module: _deadly_storage(module, Path(folder)),
     }
     sys.meta_path.insert(0, _Patcher(patches))
 

@@ -23,7 +23,7 @@ from tests.commands import ROOT, environment
 
 Victim = Literal["driver", "generate", "preprocess", "task", "node"]
 VICTIMS: tuple[Victim, ...] = ("driver", "generate", "preprocess", "task", "node")
-_TITLES = {"generate": "(Generate)", "preprocess": "(Preprocess)", "task": "ray::"}
+_TITLES = {"generate": "(PublishingGenerate)", "preprocess": "(DrainingPreprocess)", "task": "ray::"}
 # What else is titled so: workers without work, our register, Ray's own actors, and the agents that a raylet dies with.
 _SERVICES = ("ray::IDLE", "Register", "Actor", "Agent")
 NODE_CPUS = 3
@@ -91,7 +91,7 @@ class Ground:
         for pid in _descendants([raylet.process.pid for node in self.nodes for raylet in _raylets(node)]):
             with suppress(OSError):
                 title = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
-                actor = "(Generate)" in title or "(Preprocess)" in title
+                actor = "(PublishingGenerate)" in title or "(DrainingPreprocess)" in title
                 service = any(name in title for name in _SERVICES)
                 if _TITLES[victim] in title and (victim != "task" or not (actor or service)):
                     pids.append(pid)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from examples.toy.dataset import SCHEMA, write_dataset
-from pipeline.storage import Storage
+from pipeline.storage.storage import Storage
 from tests.chaos import faults
 from tests.commands import settings
 

@@ -11,8 +11,8 @@ import boto3
 import pytest
 from s3fs import S3FileSystem
 
-from pipeline import lease
-from pipeline.storage import Storage
+from pipeline.storage import lease
+from pipeline.storage.storage import Storage
 from tests.chaos.proxy import WEATHER, bad_weather
 from tests.chaos.scene import Rows, Scene, audit, write_input
 from tests.checkpoints import untrained

@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from examples.toy.dataset import write_dataset
-from pipeline.lease import LEASE, acquire, holder_of
-from pipeline.ledger import JOURNAL, RETRY, RUNS
-from pipeline.storage import Storage
+from pipeline.ledger.ledger import JOURNAL, RETRY, RUNS
+from pipeline.storage.lease import LEASE, acquire, holder_of
+from pipeline.storage.storage import Storage
 from tests.blocks import picture
 from tests.checkpoints import untrained
 from tests.commands import ROOT, environment, options, tessera

@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from actors.generate import Generate
 from actors.preprocess import Preprocess
 from examples.toy.dataset import write_dataset
-from pipeline.columns import job_schema
-from pipeline.ledger import Ledger
-from pipeline.shards import discover
-from pipeline.spec import load_spec
+from pipeline.input.columns import job_schema
+from pipeline.input.shards import discover
+from pipeline.ledger.ledger import Ledger
+from pipeline.spec.job_spec import load_spec
 from tests.blocks import generate_config, picture, preprocess_config, source_block
 from tests.checkpoints import untrained
 from tests.commands import ROOT, Finished, environment, options, settings, tessera

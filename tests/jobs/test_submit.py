@@ -6,8 +6,8 @@ import time
 import pyarrow.parquet as pq
 
 from examples.toy.dataset import write_dataset
-from pipeline.lease import LEASE
-from pipeline.ledger import JOURNAL, RUNS
+from pipeline.ledger.ledger import JOURNAL, RUNS
+from pipeline.storage.lease import LEASE
 from tests.checkpoints import untrained
 from tests.commands import ray, settings
 

@@ -16,7 +16,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from pipeline.spec import load_spec
+from pipeline.spec.job_spec import load_spec
 from tests.k8s import kuberay_rules as rules
 from tests.k8s.fake_cluster import CRON, FakeCluster, merged
 

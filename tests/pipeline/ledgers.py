@@ -6,10 +6,10 @@ from typing import Literal, TypeVar
 
 import pyarrow as pa
 
-from actors.columns import RESULT_SCHEMA
-from pipeline.ledger import DATA, JOURNAL, Ledger
-from pipeline.shards import Shard
-from pipeline.storage import Storage
+from actors.schema import RESULT_SCHEMA
+from pipeline.input.shards import Shard
+from pipeline.ledger.ledger import DATA, JOURNAL, Ledger
+from pipeline.storage.storage import Storage
 
 Result = TypeVar("Result")
 

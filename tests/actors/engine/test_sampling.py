@@ -18,7 +18,7 @@ from transformers import (
 from actors.engine import Request, Sampling
 from actors.engine.checkpoint_rules import CheckpointRules
 from actors.engine.sampling import draw, sample, uniform_at
-from actors.engine.scheduler import Sequence
+from actors.engine.scheduler import SequenceState
 from tests.actors.engine.subjects import FAMILIES, Row, subject
 from tests.actors.engine.test_parity import engine, run
 
@@ -134,6 +134,6 @@ def test_logprobs_are_the_models(family: str) -> None:
     assert run(engine(family, 3), family, [Row()])[0].logprobs is None
 
 
-def make_sequence(ids: list[int], sampling: Sampling) -> Sequence:
+def make_sequence(ids: list[int], sampling: Sampling) -> SequenceState:
     request = Request(None, np.array(ids, np.int32), np.zeros((0, 3, 1, 1), np.uint8), (), sampling)
-    return Sequence(request, emit=lambda _: None, placeholders=np.zeros(0, np.int64))
+    return SequenceState(request, emit=lambda _: None, placeholders=np.zeros(0, np.int64))

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.engine import Request, Sampling
-from actors.engine.kv_cache import PageAllocator, Pages, Run, RunAllocator
-from actors.engine.scheduler import Limits, Scheduler, Sequence
+from actors.engine.devices.kv_cache import Extent, ExtentAllocator, PageAllocator, Pages
+from actors.engine.scheduler import Limits, Scheduler, SequenceState
 
 CAPACITY = 100
 
 
-def sequence(prompt: int, new: int, visual: int = 0) -> Sequence:
+def sequence(prompt: int, new: int, visual: int = 0) -> SequenceState:
     request = Request(
         None, np.zeros(prompt, np.int32), np.zeros((0, 3, 1, 1)), (), Sampling(max_new_tokens=new)
     )
-    return Sequence(request, emit=lambda _: None, placeholders=np.arange(visual), prefix=visual)
+    return SequenceState(request, emit=lambda _: None, placeholders=np.arange(visual), prefix=visual)
 
 
-def drive(sequences: Seq[Sequence], limits: Limits) -> tuple[list[int], list[int]]:
+def drive(sequences: Sequence[SequenceState], limits: Limits) -> tuple[list[int], list[int]]:
     """Runs a scheduler to its end; the indices of sequences in order of entry, and of those refused."""
-    runs = RunAllocator(CAPACITY)
+    runs = ExtentAllocator(CAPACITY)
     scheduler = Scheduler(limits, lambda each: runs.allocate(each.reserve), runs.free)
     for each in sequences:
         scheduler.add(each)
@@ -52,7 +52,7 @@ def drive(sequences: Seq[Sequence], limits: Limits) -> tuple[list[int], list[int
             if len(chunk.sequence.generated) == chunk.sequence.request.sampling.max_new_tokens:
                 scheduler.remove(chunk.sequence)
     assert runs.used == 0
-    assert runs.allocate(CAPACITY) == Run(0, CAPACITY), "the arena is in pieces"
+    assert runs.allocate(CAPACITY) == Extent(0, CAPACITY), "the arena is in pieces"
     return entered, refused
 
 
@@ -80,8 +80,8 @@ def choose(data: st.DataObject, options: int) -> int:
 @settings(derandomize=True, max_examples=100, deadline=None)
 @given(st.data())
 def test_runs_never_overlap(data: st.DataObject) -> None:
-    runs = RunAllocator(60)
-    held: list[Run] = []
+    runs = ExtentAllocator(60)
+    held: list[Extent] = []
     for _ in range(data.draw(st.integers(1, 40))):
         if held and choose(data, 2):
             runs.free(held.pop(choose(data, len(held))))

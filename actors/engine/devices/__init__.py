@@ -1,0 +1,1 @@
+"""What differs between devices: KV caches, attention kernels, layers, memory."""

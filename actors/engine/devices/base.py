@@ -1,0 +1,81 @@
+"""What every device gives the engine: a KV cache (`Cache`), and steps over it that attend (`Step`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from actors.engine.scheduler import Chunk
+
+
+class Attends(Protocol):
+    """What a layer of the model meets."""
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
+    ) -> Tensor: ...
+
+
+class Step(Protocol):
+    """Some tokens' view of the cache."""
+
+    def store(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Writes key and value [1, H_kv, N, d] of the step's tokens to their places."""
+        ...
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
+    ) -> Tensor:
+        """Stores keys and values, then attends causally, each sequence over its own tokens.
+
+        query [1, H, N, d]; key, value [1, H_kv, N, d] -> [1, N, H, d]. With a `window` a token sees that many
+        tokens, itself included.
+        """
+        ...
+
+
+class Cache(Protocol):
+    """A device's keys and values: room for sequences, and the steps over it."""
+
+    capacity: int
+    """Tokens it can hold."""
+
+    @property
+    def used(self) -> int:
+        """Tokens (or pages) in use; 0 once no sequence runs."""
+        ...
+
+    def reserve(self, tokens: int, prefix_source: Any = None, shared: int = 0) -> Any:
+        """Room for one sequence, or None where there is none now. Its first `shared` tokens will be those of
+        `prefix_source`, another reservation, and may stand in the same place."""
+        ...
+
+    def release(self, reservation: Any) -> None: ...
+
+    def copy_prefix(self, source: Any, target: Any, tokens: int) -> None:
+        """Gives `target` the first `tokens` keys and values of `source`, where they are not the same already."""
+        ...
+
+    def bucket(self, rows: int) -> int:
+        """How many rows a step of `rows` is to have on this device, padding included."""
+        ...
+
+    def step(self, chunks: Sequence[Chunk]) -> Step:
+        """The step over `chunks`: decoding ones (length 1) first. Tokens behind theirs are padding."""
+        ...
+
+
+def window_mask(
+    queries: int, past: int, window: int | None, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """[queries, past + queries] to add to scores: 0 where a query sees a key, -inf elsewhere. Query i stands at
+    position past + i; it sees what is not after it and, with a window, fewer than `window` before it."""
+    distance = (
+        torch.arange(past, past + queries, device=device)[:, None]
+        - torch.arange(past + queries, device=device)[None]
+    )
+    hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+    return torch.zeros(distance.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))

@@ -1,0 +1,1 @@
+"""The CPU: a contiguous KV cache, compiled attention and experts, packed layers."""

@@ -1,0 +1,1 @@
+"""CUDA: a paged KV cache, flash attention and CUDA graphs."""

@@ -1,0 +1,1 @@
+"""One packed forward pass of the unmodified transformers model."""

@@ -1,0 +1,261 @@
+"""Input shards: which parquet files a job reads, under which names, in which version.
+
+Why: a row's identity is (shard, row), for ever. So a shard's name must not change when the input grows, and
+its content must not change unnoticed.
+
+A name is the path relative to the input's root, and the root follows from the spec, not from the files found: a
+folder is its own root, a glob's root is its fixed part, a file's its folder, a list's the deepest folder common to
+its entries' roots. A fingerprint of size and etag (locally: mtime) stands for content.
+
+A file whose footer cannot be read is set apart by name, and the job goes on without it: one damaged file must not
+stop a thousand good ones. It counts against `limits.max_failed_shards` at the end (ledger/damage.py).
+"""
+
+import hashlib
+import os.path
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from pipeline.spec.job_spec import InputSpec, SpecError
+from pipeline.storage.files import FileInfo, file_info, in_parallel, list_files, open_filesystem
+from pipeline.storage.footer import NotParquetError, one_line, read_footer
+from pipeline.storage.retrying import MissingBucket, StorageError, with_retries
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+_MAGIC = "*?["
+
+
+class InputError(SpecError):
+    """The input cannot be captioned as the spec says; raised before anything starts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One input file. `name` identifies it in the output; `schema` is its Arrow schema without metadata."""
+
+    name: str  # path relative to the input root, "/"-separated
+    url: str  # any fsspec URL; a local path is absolute
+    rows: int
+    fingerprint: str  # 12 hex digits over size and etag or mtime
+    size: int  # bytes
+    schema: pa.Schema = field(repr=False, compare=False)
+
+    @property
+    def root(self) -> str:
+        """The input's root as a URL: `url` is `root/name`."""
+        return self.url.removesuffix(self.name).rstrip("/")
+
+
+@dataclass(frozen=True, slots=True)
+class FailedShard:
+    """A shard that cannot be read, wholly or in part: `url` and `reason` make a sentence."""
+
+    name: str
+    url: str
+    reason: str
+
+    @classmethod
+    def partly(cls, shard: Shard, rows: int, message: str | None) -> "FailedShard":
+        """A shard so many rows of which cannot be read; `message` is what one of them says."""
+        because = f" ({message})" if message else ""
+        return cls(shard.name, shard.url, f"has {rows:,} of {shard.rows:,} rows that cannot be read{because}")
+
+    def __str__(self) -> str:
+        return f"{self.url} {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """What lies under input.path, sorted by name: shards, and files that cannot be opened as such.
+
+    `roots` are the folders that the entries of input.path name; `outputs` the folders below them with captions of
+    Tessera's own, which are passed over. Both are URLs.
+    """
+
+    shards: tuple[Shard, ...]
+    unreadable: tuple[FailedShard, ...] = ()
+    roots: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+
+    def notes(self) -> list[str]:
+        """What people are told of files that were passed over."""
+        return [f"note: {url} is an output of Tessera's own and not read as input" for url in self.outputs]
+
+
+def discover(source: InputSpec) -> Input:
+    """The job's input; reads every footer once, in parallel. Raises InputError where there is nothing to read.
+
+    Names that begin with "_" or "." are passed over in folders and globs, and so are outputs of Tessera's own below
+    them. A file that is named in the spec is taken whatever its name.
+    """
+    roots: list[str] = []
+    files: dict[str, FileInfo] = {}
+    outputs: dict[str, None] = {}
+    filesystems: list[AbstractFileSystem] = []
+    for url in source.path:
+        filesystem, root, found = _expand(url)
+        own = _outputs_among(filesystem, root, found)
+        files_of_own = tuple(f"{folder}/data/" for folder in own)
+        taken = [info for info in found if not info.path.startswith(files_of_own)]
+        if not taken:
+            why = f"; all there is are captions of Tessera's own, in {own[0]}/data" if own else ""
+            raise InputError(f"input.path: no parquet files found at {url}{why}")
+        filesystems.append(filesystem)
+        roots.append(root)
+        files.update((info.path, info) for info in taken)
+        outputs.update((_url_of(filesystem, folder), None) for folder in own)
+    if len({type(filesystem) for filesystem in filesystems}) > 1:
+        raise InputError(
+            "input.path: all its entries must lie in one kind of storage, or rows have no common root"
+        )
+    filesystem = filesystems[0]
+    root = os.path.commonpath(roots).rstrip("/")
+    schemas: dict[str, pa.Schema] = {}
+
+    def read(info: FileInfo) -> Shard | FailedShard:
+        name = info.path[len(root) :].lstrip("/") if root else info.path
+        url = _url_of(filesystem, info.path)
+        if wrong := _unusable(name):
+            printable = name.encode(errors="backslashreplace").decode()
+            return FailedShard(printable, url.encode(errors="backslashreplace").decode(), wrong)
+        try:
+            footer = read_footer(filesystem, info.path, info.size)
+            schema = footer.schema.to_arrow_schema().remove_metadata()
+            schema = schemas.setdefault(str(schema), schema)  # most shards share one: keep one object
+        except StorageError:  # storage that fails for minutes says nothing of the file
+            raise
+        except NotParquetError as error:
+            return FailedShard(name, url, str(error))
+        except FileNotFoundError:
+            return FailedShard(name, url, "was deleted after it had been listed")
+        except (OSError, ValueError, pa.ArrowException) as error:
+            return FailedShard(name, url, f"cannot be read ({one_line(error)})")
+        return Shard(name, url, footer.num_rows, _fingerprint(info), info.size, schema)
+
+    results = in_parallel(read, sorted(files.values(), key=lambda info: info.path))
+    shards = tuple(result for result in results if isinstance(result, Shard))
+    unreadable = tuple(result for result in results if isinstance(result, FailedShard))
+    if not shards:
+        more = f" (and {len(unreadable) - 1:,} more files like it)" if len(unreadable) > 1 else ""
+        raise InputError(f"input.path: {unreadable[0]}{more}; remove it from the input, or repair it")
+    _refuse_clashes(shards)
+    return Input(shards, unreadable, tuple(_url_of(filesystem, root) for root in roots), tuple(outputs))
+
+
+def _unusable(name: str) -> str:
+    """Why a file of this name can have no sealed file of the same name; empty where it can."""
+    if any(part in ("", ".", "..") for part in name.split("/")):
+        return "has an empty part, '.' or '..' in its name: rename it"
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return "has a name that is not UTF-8: rename it"
+    return ""
+
+
+def output_name(shard_name: str) -> str:
+    """The shard's file name below data/: its own, ending in .parquet exactly once."""
+    return shard_name.removesuffix(".parquet") + ".parquet"
+
+
+def shard_schema(url: str) -> pa.Schema:
+    """The Arrow schema (without metadata) of one parquet file. Raises InputError."""
+    filesystem, path = open_filesystem(url)
+    try:
+        info = with_retries(lambda: filesystem.info(path), f"reading {url}")
+        footer = read_footer(filesystem, path, int(info["size"]))
+    except (NotParquetError, OSError) as error:
+        raise InputError(f"{url} {error}") from None
+    return footer.schema.to_arrow_schema().remove_metadata()
+
+
+def _fingerprint(info: FileInfo) -> str:
+    return hashlib.sha256(f"{info.size}:{info.token}".encode()).hexdigest()[:12]
+
+
+def _url_of(filesystem: "AbstractFileSystem", path: str) -> str:
+    return path if os.path.isabs(path) else str(filesystem.unstrip_protocol(path))
+
+
+def _refuse_clashes(shards: Sequence[Shard]) -> None:
+    seen: dict[str, Shard] = {}
+    for shard in shards:
+        other = seen.setdefault(output_name(shard.name), shard)
+        if other is not shard:
+            raise InputError(
+                f"input.path: {other.url} and {shard.url} would both be written to "
+                f"data/{output_name(shard.name)}; rename one of them"
+            )
+
+
+def _expand(url: str) -> tuple["AbstractFileSystem", str, list[FileInfo]]:
+    """(file system, root, files with full paths) of one entry of input.path."""
+    try:
+        filesystem, path = open_filesystem(url)
+        path = path.rstrip("/") or path
+        try:
+            info = with_retries(lambda: filesystem.info(path), f"reading {url}")
+        except FileNotFoundError:
+            if not any(sign in path for sign in _MAGIC):
+                raise
+            return filesystem, *_expand_glob(filesystem, path)
+        if info["type"] == "directory":
+            return filesystem, path, _expand_folder(filesystem, path)
+        return filesystem, os.path.dirname(path), [file_info(filesystem, path, info)]
+    except FileNotFoundError:
+        raise InputError(f"input.path: {url} does not exist") from None
+    except MissingBucket as error:
+        raise InputError(f"input.path: {error}") from None
+    except StorageError:  # says what failed; the spec is not to blame
+        raise
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"input.path: {url} cannot be read ({error})") from None
+
+
+def _expand_folder(filesystem: "AbstractFileSystem", folder: str) -> list[FileInfo]:
+    return [
+        FileInfo(f"{folder}/{info.path}", info.size, info.token)
+        for info in list_files(filesystem, folder)
+        if info.path.endswith(".parquet") and not _hidden(info.path)
+    ]
+
+
+def _expand_glob(filesystem: "AbstractFileSystem", pattern: str) -> tuple[str, list[FileInfo]]:
+    parts = pattern.split("/")
+    fixed = next(i for i, part in enumerate(parts) if any(sign in part for sign in _MAGIC))
+    root = "/".join(parts[:fixed])
+    files: list[FileInfo] = []
+    found = with_retries(lambda: filesystem.glob(pattern, detail=True), f"listing {pattern}")
+    for path, info in sorted(found.items()):
+        if _hidden(path[len(root) :].lstrip("/")):
+            continue
+        if info["type"] == "directory":
+            files.extend(_expand_folder(filesystem, path))
+        else:
+            files.append(file_info(filesystem, path, info))
+    return root, files
+
+
+def _outputs_among(filesystem: "AbstractFileSystem", root: str, files: Sequence[FileInfo]) -> list[str]:
+    """The folders below `root` that are outputs of Tessera's: their captions lie in data/, beside _tessera/."""
+    suspects: set[str] = set()
+    for info in files:
+        folders = info.path[len(root) :].strip("/").split("/")[:-1]
+        suspects.update(
+            "/".join([root, *folders[:depth]]) for depth in range(1, len(folders)) if folders[depth] == "data"
+        )
+
+    def is_output(folder: str) -> bool:
+        return bool(with_retries(lambda: filesystem.exists(f"{folder}/_tessera"), f"reading {folder}"))
+
+    folders = sorted(suspects)
+    return [folder for folder, found in zip(folders, in_parallel(is_output, folders), strict=True) if found]
+
+
+def _hidden(path: str) -> bool:
+    return any(part.startswith(("_", ".")) for part in path.split("/"))

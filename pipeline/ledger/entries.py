@@ -1,0 +1,146 @@
+"""What a published file says of itself: which rows of which shards it holds, and what became of them.
+
+Why: nothing beside the data may say that a row is done. So each journal part and each sealed shard carries
+its own record in its parquet footer, under the key `tessera`, as JSON:
+
+    {"format": 2, "shards": {"a.parquet": {"fingerprint": "0f..", "rows": [[0, 64]], "stats": {..}, "digests": [..]}}}
+
+Statistics stand per shard, so that a part that spans a sealed and an open shard is never counted twice. A sealed
+file has digests of its rows too (digest.py), for verification.
+"""
+
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import BinaryIO
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from actors.schema import ERROR, FINGERPRINT, ROW, SHARD
+from pipeline.input.rows import RowSet
+
+KEY = "tessera"
+FORMAT = 2
+
+
+@dataclass(frozen=True, slots=True)
+class RowStats:
+    """Sums over rows. `errors` counts error rows by kind."""
+
+    rows: int = 0
+    errors: Mapping[str, int] = field(default_factory=dict)
+    prompt_tokens: int = 0
+    image_tokens: int = 0
+    generated_tokens: int = 0
+
+    @property
+    def failed(self) -> int:
+        """Error rows of every kind."""
+        return sum(self.errors.values())
+
+    @classmethod
+    def of(cls, table: pa.Table) -> "RowStats":
+        """The sums over a table with the result columns."""
+        kinds = pc.struct_field(table[ERROR], "kind").filter(pc.is_valid(table[ERROR]))
+        counts = {item["values"] or "unknown": item["counts"] for item in pc.value_counts(kinds).to_pylist()}
+        tokens = (table[name] for name in ("prompt_tokens", "image_tokens", "generated_tokens"))
+        return cls(table.num_rows, dict(sorted(counts.items())), *(pc.sum(c).as_py() or 0 for c in tokens))
+
+    @classmethod
+    def total(cls, parts: Iterable["RowStats"]) -> "RowStats":
+        """The sum of many."""
+        rows = prompt = image = generated = 0
+        errors: Counter[str] = Counter()
+        for part in parts:
+            rows += part.rows
+            errors.update(part.errors)
+            prompt += part.prompt_tokens
+            image += part.image_tokens
+            generated += part.generated_tokens
+        return cls(rows, dict(sorted(errors.items())), prompt, image, generated)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Some rows of one version of one shard. `digests`, of sealed files: `row_digests` of each row group in turn."""
+
+    fingerprint: str
+    rows: RowSet
+    stats: RowStats
+    digests: tuple[str, ...] = ()
+
+
+def entries_of(table: pa.Table) -> dict[str, Entry]:
+    """The entries of a table with identity and result columns, by shard name.
+
+    Raises ValueError when a row lacks its identity, or one shard appears in two versions.
+    """
+    identity = table.select([SHARD, ROW, FINGERPRINT])
+    if any(column.null_count for column in identity.columns):
+        raise ValueError("every row needs its _shard, _row and _fingerprint")
+    entries: dict[str, Entry] = {}
+    for name in sorted(pc.unique(table[SHARD]).to_pylist()):
+        part = table.filter(pc.equal(table[SHARD], name))
+        fingerprints = pc.unique(part[FINGERPRINT]).to_pylist()
+        if len(fingerprints) > 1:
+            raise ValueError(f"rows of two versions of {name} in one table")
+        entries[name] = Entry(fingerprints[0], RowSet.of(part[ROW].to_numpy()), RowStats.of(part))
+    return entries
+
+
+def encode(entries: Mapping[str, Entry]) -> str:
+    """The footer's JSON; equal entries give equal text."""
+    shards = {
+        name: {
+            "fingerprint": entry.fingerprint,
+            "rows": entry.rows.to_json(),
+            "stats": asdict(entry.stats),
+            "digests": entry.digests,
+        }
+        for name, entry in entries.items()
+    }
+    return json.dumps({"format": FORMAT, "shards": shards}, sort_keys=True, separators=(",", ":"))
+
+
+def decode(footer: pq.FileMetaData) -> dict[str, Entry]:
+    """The entries a parquet footer holds; ValueError if it is not one of Tessera's, or of a later format."""
+    text = (footer.metadata or {}).get(KEY.encode())
+    if text is None:
+        raise ValueError("was not written by Tessera")
+    record = json.loads(text)
+    if record["format"] != FORMAT:
+        raise ValueError(f"has format {record['format']}, and this Tessera reads format {FORMAT}")
+    return {
+        name: Entry(
+            item["fingerprint"],
+            RowSet.from_json(item["rows"]),
+            RowStats(**item["stats"]),
+            tuple(item["digests"]),
+        )
+        for name, item in record["shards"].items()
+    }
+
+
+def to_parquet(table: pa.Table, entries: Mapping[str, Entry], statistics: bool) -> bytes:
+    """The table as zstd parquet with the entries in its footer; equal input gives equal bytes."""
+    file = io.BytesIO()
+    plain = table.replace_schema_metadata(None)
+    with parquet_writer(file, plain.schema, statistics) as writer:
+        if plain.num_rows:  # datasets fails on a row group of no rows, and reads a file of no row groups
+            writer.write_table(plain)
+        write_entries(writer, entries)
+    return file.getvalue()
+
+
+def parquet_writer(file: BinaryIO, schema: pa.Schema, statistics: bool) -> pq.ParquetWriter:
+    """How every parquet file of an output is encoded."""
+    return pq.ParquetWriter(file, schema, compression="zstd", write_statistics=statistics)
+
+
+def write_entries(writer: pq.ParquetWriter, entries: Mapping[str, Entry]) -> None:
+    """Puts the entries into the footer of a file that is being written."""
+    writer.add_key_value_metadata({KEY: encode(entries)})

@@ -1,0 +1,31 @@
+"""A job named by its output: `tessera status s3://bucket/captions/` needs no job spec at hand.
+
+An output knows its job. `_tessera/spec.json` holds the spec of the last run, with local paths absolute,
+so whoever can read the output can look at it, recount it and go on with it. Where the output was moved or copied to,
+it is itself that counts, not the path in the file.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from pipeline.ledger.ledger import SPEC
+from pipeline.spec.job_spec import JobSpec, SpecError, apply_override, load_spec, parse_spec
+from pipeline.storage.storage import Storage
+
+
+def load_job(target: str, overrides: Sequence[str] = ()) -> JobSpec:
+    """The spec of a job named by its output folder, or by its spec (`.yaml`, `.yml`). Raises SpecError."""
+    if target.endswith((".yaml", ".yml")):
+        return load_spec(target, overrides)
+    storage = Storage(target)
+    try:
+        data: dict[str, Any] = json.loads(storage.read(SPEC))["spec"]
+    except FileNotFoundError:
+        raise SpecError(
+            f"{target}: is no job spec (.yaml) and no output of Tessera's, for it has no {SPEC}"
+        ) from None
+    data["output"]["path"] = storage.url
+    for override in overrides:
+        apply_override(data, override)
+    return parse_spec(data, source=f"{storage.url}/{SPEC}")

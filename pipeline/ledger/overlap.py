@@ -1,0 +1,73 @@
+"""Refusals of an output.path that is the input's own folder, or another dataset's output.
+
+Why: captions written where the input lies are input of every job to come, and a sealed shard could replace the very
+file it was made from. A forgotten output.path would mix two datasets in one output, and where shards of both have the
+same names, captions of the one would replace those of the other. Both are told before anything is written.
+"""
+
+import json
+import os.path
+import posixpath
+from collections.abc import Iterable
+
+from pipeline.input.shards import Input
+from pipeline.ledger.ledger import DATA, SPEC, Ledger
+from pipeline.spec.job_spec import JobSpec, SpecError
+from pipeline.storage.files import is_local, open_filesystem
+
+_NAMED = 3  # shards in a message
+
+
+def refuse_overlap(spec: JobSpec, found: Input) -> None:
+    """Raises SpecError where output.path holds files of the input itself, or would be written over them."""
+    output = _place(spec.output.path)
+    reserved = tuple(f"{output}/{folder}/" for folder in (DATA, SPEC.partition("/")[0]))
+    files = [*(shard.url for shard in found.shards), *(shard.url for shard in found.unreadable)]
+    folders = {folder: folder for folder in found.roots} | {url.rpartition("/")[0]: url for url in files}
+    for folder, named in folders.items():
+        place = _place(folder)
+        if place == output or f"{place}/".startswith(reserved):
+            raise SpecError(
+                f"output.path: {spec.output.path} is where input.path ({', '.join(spec.input.path)}) finds {named}; "
+                "captions there would be read as input by later jobs, or replace it: set output.path to a folder "
+                "of its own"
+            )
+
+
+def refuse_other_dataset(spec: JobSpec, found: Input, ledger: Ledger) -> None:
+    """Raises SpecError where the output holds captions, none of them of this input's shards.
+
+    An input.path as in the last run is the same dataset, whatever became of its files.
+    """
+    try:
+        before = json.loads(ledger.storage.read(SPEC))["spec"]["input"]["path"]
+    except FileNotFoundError:
+        return
+    if set(map(_place, before)) == set(map(_place, spec.input.path)):
+        return
+    scan = ledger.scan()
+    held = {
+        (name, entry.fingerprint)
+        for file in (*scan.sealed.values(), *scan.parts)
+        for name, entry in file.entries.items()
+    }
+    here = {(shard.name, shard.fingerprint) for shard in found.shards}
+    if held and not held & here:
+        raise SpecError(
+            f"output.path: {spec.output.path} holds captions of {_named(held)} from {', '.join(before)}, and of none "
+            f"of the {_named(here)} of input.path ({', '.join(spec.input.path)}); set output.path to a new folder, or "
+            "input.path back"
+        )
+
+
+def _named(shards: Iterable[tuple[str, str]]) -> str:
+    names = sorted({name for name, _ in shards})
+    return f"{len(names):,} shards ({', '.join(names[:_NAMED])}{', ...' if len(names) > _NAMED else ''})"
+
+
+def _place(url: str) -> str:
+    """One text for one place, however it is written: links, "..", doubled and trailing slashes are resolved."""
+    filesystem, path = open_filesystem(url)
+    if is_local(filesystem):
+        return os.path.realpath(path)
+    return str(filesystem.unstrip_protocol(posixpath.normpath(path)))

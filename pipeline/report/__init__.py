@@ -1,0 +1,1 @@
+"""What people read of a job: the status and the page of captioned pictures."""

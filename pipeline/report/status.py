@@ -1,0 +1,54 @@
+"""How far a job is, for people: from its files alone, from any machine, while it runs or not."""
+
+from pipeline.input.shards import discover
+from pipeline.ledger.damage import failed_shards
+from pipeline.ledger.ledger import Ledger
+from pipeline.run.outcome import notes_of
+from pipeline.spec.job_spec import JobSpec
+from pipeline.storage.lease import Holder, holder_of
+
+_RUNS = 5  # the last ones are shown
+_FAILED = 20  # shards that cannot be read are named
+
+
+def status(spec: JobSpec) -> str:
+    """A few lines: shards sealed and open, rows done, missing and failed by kind, the last runs, who is at it."""
+    found = discover(spec.input)
+    ledger = Ledger(spec.output.path)
+    plan = ledger.plan(found.shards, found.unreadable)
+    sealed = sum(state.sealed for state in plan.shards)
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in plan.stats.errors.items())
+    complete = "complete" if ledger.succeeded(plan) else "not complete"
+    lines = [
+        f"{spec.name}: {complete}",
+        f"  shards: {sealed:,} sealed, {len(plan.shards) - sealed:,} open"
+        + (f", {len(found.unreadable):,} unreadable" if found.unreadable else ""),
+        f"  rows: {plan.rows_done:,} of {plan.rows:,} done, {plan.rows - plan.rows_done:,} missing, "
+        f"{plan.stats.failed:,} failed" + (f" ({kinds})" if kinds else ""),
+    ]
+    failed = failed_shards(ledger, found, plan)
+    lines += [f"  failed: {shard}" for shard in failed[:_FAILED]]
+    if len(failed) > _FAILED:
+        lines.append(f"  failed: {len(failed) - _FAILED:,} more shards")
+    for run in ledger.runs()[-_RUNS:]:
+        retries = run.get("storage_retries", 0)
+        lines.append(
+            f"  run {run['run']}: {run.get('ended', 'done')}, {run['captioned']:,} rows in {run['seconds']:,.0f} s, "
+            f"{run['rows_per_s']:,.1f} rows/s" + (f", {retries:,} storage retries" if retries else "")
+        )
+    holder = holder_of(ledger.storage)
+    lines.append(f"  lease: {_told(holder)}" if holder else "  lease: free")
+    lines += [f"  {note}" for note in (*found.notes(), *notes_of(plan.foreign))]
+    if plan.changed:
+        names = ", ".join(plan.changed[:3]) + (", ..." if len(plan.changed) > 3 else "")
+        lines.append(
+            f"  note: {len(plan.changed):,} shards changed in the input since they were captioned: {names}"
+        )
+    lines += [f"  problem: {problem}" for problem in plan.problems]
+    return "\n".join(lines)
+
+
+def _told(holder: Holder) -> str:
+    if holder.is_dead:
+        return f"{holder.describe()}, which died; the next run takes it"
+    return holder.describe() + (", which is stopping" if holder.draining else "")

@@ -1,0 +1,1 @@
+"""One run of a job: its session, its Ray cluster and pipeline stages, crashes, stopping, progress and outcome."""

@@ -1,0 +1,56 @@
+"""The stages as a run wants them: they drain when it stops, and captions are published where they are made.
+
+Generate publishes its own block. What waits to be written dies with the driver or a node, so it does not
+wait: a kill costs the blocks in the engine, and no queue behind it. The same captions, made again, have the same name
+and replace themselves (ledger.py). While one block is being put, others keep the engine full.
+
+Once the run stops, blocks that a stage has not begun are emptied. An empty block costs nothing, so the pipeline runs
+dry by itself.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pyarrow as pa
+
+from actors.attempts import Attempts
+from actors.generate import Generate, GenerateConfig
+from actors.preprocess import Preprocess, PreprocessConfig
+from pipeline.ledger.ledger import Ledger
+from pipeline.storage.lease import Fence
+from pipeline.storage.retrying import RETRIES
+
+STORAGE_RETRIES = "storage_retries"
+"""What leaves the pipeline: a row for each block, with how often its process tried storage again since the last."""
+
+_NICENESS = 4  # Ray starts its workers at 15, and 19 yields most
+
+
+class DrainingPreprocess(Preprocess):
+    def __init__(self, fence: Fence, config: PreprocessConfig, attempts: Attempts) -> None:
+        # Without a GPU both stages want the same cores. An engine's threads wait for each other, so whoever takes a
+        # core from one of them holds up all; preprocessing is ahead of the engine anyway.
+        os.nice(_NICENESS)
+        super().__init__(config, attempts)
+        self._fence = fence
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        return super().__call__(block.slice(0, 0) if self._fence.stopping() else block)
+
+
+class PublishingGenerate(Generate):
+    """`folder` is where in `ledger` its parts go."""
+
+    def __init__(
+        self, fence: Fence, config: GenerateConfig, attempts: Attempts, ledger: Ledger, folder: str
+    ) -> None:
+        super().__init__(config, attempts)
+        self._fence, self._ledger, self._folder = fence, ledger, folder
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        captions = super().__call__(block.slice(0, 0) if self._fence.stopping() else block)
+        if captions.num_rows:
+            with self._guard.beside():  # a process killed in here must not incriminate another block's row
+                self._ledger.publish(captions, self._folder)
+        return pa.table({STORAGE_RETRIES: [RETRIES.take()]})

@@ -1,0 +1,160 @@
+"""The source: the remaining rows and no others, every form of image column, and paths that may not escape."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from actors.schema import ERROR, FINGERPRINT, IMAGES, ROW, SHARD, VIDEO
+from pipeline.input.columns import job_schema
+from pipeline.input.rows import RowSet
+from pipeline.input.shards import discover
+from pipeline.input.source import ShardSource, ShardWork, read_shard
+from pipeline.spec.job_spec import InputSpec, parse_spec
+
+STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def write(folder, table: pa.Table, name="a.parquet", row_group_size=10):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path, row_group_size=row_group_size)
+    (shard,) = discover(
+        parse_spec({"input": {"path": str(folder)}, "model": {"path": "m"}, "output": {"path": "o"}}).input
+    ).shards
+    return shard
+
+
+def read(shard, rows=None, columns=("id",), **fields) -> list[dict]:
+    spec = InputSpec(path=shard.root, **fields)
+    work = ShardWork(shard, RowSet.span(shard.rows) if rows is None else RowSet.of(rows))
+    return [row for table in read_shard(work, spec, columns) for row in table.to_pylist()]
+
+
+@pytest.mark.parametrize("rows", [range(35), [0], [9, 10], [34], range(3, 31, 7), []])
+def test_only_the_remaining_rows_are_read_in_order(tmp_path, rows):
+    shard = write(
+        tmp_path, pa.table({"id": range(35), "image": [b"%d" % i for i in range(35)], "big": ["x"] * 35})
+    )
+    found = read(shard, rows)
+    assert [row[ROW] for row in found] == [row["id"] for row in found] == list(rows)
+    assert [row[IMAGES] for row in found] == [[b"%d" % row["id"]] for row in found]
+    assert all("big" not in row and row[ERROR] is None for row in found)
+    assert {row[SHARD] for row in found} <= {"a.parquet"} and {row[FINGERPRINT] for row in found} <= {
+        shard.fingerprint
+    }
+
+
+def test_row_groups_with_nothing_to_do_are_not_read(tmp_path, monkeypatch):
+    shard = write(tmp_path, pa.table({"id": range(40), "image": [b"x"] * 40}))
+    groups = []
+    original = pq.ParquetFile.iter_batches
+
+    def spy(self, *args, row_groups, **kwargs):
+        groups.extend(row_groups)
+        return original(self, *args, row_groups=row_groups, **kwargs)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", spy)
+    read(shard, [12, 33])
+    assert groups == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("images", "expected"),
+    [
+        (pa.array([b"a", None]), [[b"a"], None]),
+        (pa.array([b"a", None], pa.large_binary()), [[b"a"], None]),
+        (
+            pa.array([{"bytes": b"a", "path": "x.png"}, None, {"bytes": None, "path": None}], STRUCT),
+            [[b"a"], None, None],
+        ),
+        (pa.array([[b"a", b"b"], [], [None]], pa.list_(pa.binary())), [[b"a", b"b"], [], None]),
+        (pa.array([[{"bytes": b"a", "path": None}], None], pa.list_(STRUCT)), [[b"a"], None]),
+    ],
+)
+def test_every_form_of_image_column(tmp_path, images, expected):
+    shard = write(tmp_path, pa.table({"id": range(len(images)), "image": images}))
+    rows = read(shard)
+    assert [row[IMAGES] for row in rows] == expected
+    for row in rows:
+        assert (row[ERROR] is None) == (row[IMAGES] is not None)
+        if row[ERROR]:
+            assert row[ERROR]["kind"] == "decode" and row[ERROR]["stage"] == "read"
+
+
+def test_a_video_is_a_list_of_frames_of_which_some_are_read(tmp_path):
+    (tmp_path / "f.png").write_bytes(b"fetched")
+    frame = [
+        {"bytes": None, "path": "f.png"},
+        {"bytes": None, "path": None},
+        {"bytes": None, "path": "gone.png"},
+    ]
+    inline = [{"bytes": b"%d" % index, "path": None} for index in range(10)]
+    cells = [inline, inline[:4], frame[:1], [], None, [inline[0], frame[1]], [frame[2]]]
+    images = pa.array([None, b"a", b"a", b"a", None, b"a", b"a"])
+    table = pa.table({"image": images, "clip": pa.array(cells, pa.list_(STRUCT))})
+    rows = read(write(tmp_path, table), columns=(), video="clip", max_frames=4)
+    assert [row[VIDEO] for row in rows[:4]] == [
+        [b"0", b"2", b"5", b"7"],
+        [b"0", b"1", b"2", b"3"],
+        [b"fetched"],
+        [],
+    ]
+    assert [row[IMAGES] for row in rows[:4]] == [
+        [],
+        [b"a"],
+        [b"a"],
+        [b"a"],
+    ]  # a null beside a video is no image
+    errors = [(row[ERROR]["kind"], row[ERROR]["message"]) for row in rows[4:]]
+    assert errors[0] == ("decode", "there is no image: the cell is null")
+    assert errors[1] == ("decode", "frame 2 of the video's 2: there is no image: the cell is null")
+    assert errors[2][0] == "fetch" and errors[2][1].startswith(
+        "frame 1 of the video's 1: image path 'gone.png'"
+    )
+    assert all(row[IMAGES] is None and row[VIDEO] is None for row in rows[4:])
+
+
+def test_pictures_travel_once_and_columns_may_be_none(tmp_path):
+    shard = write(tmp_path, pa.table({"image": [b"a"] * 3, "clip": pa.array([[b"f"]] * 3)}))
+    (row,) = read(shard, [1], columns=(), image=None, video="clip")
+    assert (row[IMAGES], row[VIDEO]) == ([], [b"f"]) and "clip" not in row
+    (row,) = read(shard, [1], columns=("image",), video=None)
+    assert (row["image"], row[IMAGES], row[VIDEO]) == (b"a", [b"a"], [])
+
+
+def test_images_by_path_are_fetched_from_beside_the_shard(tmp_path):
+    (tmp_path / "outside.png").write_bytes(b"secret")
+    data = tmp_path / "data"
+    (data / "deep" / "pictures").mkdir(parents=True)
+    (data / "deep" / "pictures" / "1.png").write_bytes(b"one")
+    (data / "top.png").write_bytes(b"top")
+    paths = [
+        "pictures/1.png",
+        "../top.png",
+        "gone.png",
+        "../../outside.png",
+        "/etc/passwd",
+        "s3://bucket/x.png",
+    ]
+    cells = pa.array([{"bytes": None, "path": path} for path in paths], STRUCT)
+    shard = write(data, pa.table({"id": range(len(paths)), "image": cells}), "deep/a.parquet")
+    rows = read(shard)
+    assert rows[0][IMAGES] == [b"one"]
+    for row, path in zip(rows[1:], paths[1:], strict=True):
+        assert row[IMAGES] is None and row[ERROR]["kind"] == "fetch" and path in row[ERROR]["message"]
+    assert not any(b"secret" in str(row).encode() for row in rows)
+
+
+def test_a_task_a_shard_with_kept_columns_of_one_type(tmp_path):
+    strings = pa.array(["x"]).dictionary_encode()
+    pq.write_table(pa.table({"tag": strings, "image": [b"a"]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"tag": pa.nulls(1), "image": [b"b"]}), tmp_path / "b.parquet")
+    spec = parse_spec({"input": {"path": str(tmp_path)}, "model": {"path": "m"}, "output": {"path": "o"}})
+    shards = discover(spec.input).shards
+    kept = job_schema(spec, shards)
+    source = ShardSource([ShardWork(shard, RowSet.span(1)) for shard in shards], spec.input, ["tag"], kept)
+    tasks = source.get_read_tasks(parallelism=200)
+    assert [task.metadata.num_rows for task in tasks] == [1, 1]
+    blocks = [block for task in tasks for block in task()]
+    assert [block["tag"].type for block in blocks] == [pa.string(), pa.string()]
+    assert [block[SHARD].to_pylist() for block in blocks] == [["a.parquet"], ["b.parquet"]]
