@@ -1,10 +1,11 @@
-"""Attempts: what an actor says before it risks its life on a row, so that a row that kills the process is found.
+"""Attempt tracking: actors report rows before processing them, so that a row that crashes its process (a poison pill)
+is found and quarantined.
 
 A segfault in a decoder or a device assert leaves nobody to write an error row, and the block is tried again for
 ever. So somebody outside must remember: an actor tells an `Attempts` object which rows it begins and which it has
-done, and is told in return how to go about them. Rows that were in flight when a process died are tried again
-alone, each with nothing beside it in the process: the next death then has one suspect. A row found quarantined is
-handed to the actor as an error row, and never tried again.
+done, and is told in return how to go about them. Rows that were in flight at a crash are tried again alone, each with
+nothing beside it in the process: the next crash then has one suspect. A quarantined row is handed to the actor as an
+error row, and never tried again.
 
 The object is a plain protocol, so that actors run without a cluster; pipeline/run/crashes.py keeps the memory in Ray.
 """
@@ -26,22 +27,24 @@ RowKey = tuple[str, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Ruling:
-    """How to go about rows.
-
-    Attributes:
-        ticket: Names the attempt when it is done.
-        alone: Nothing was begun: begin these rows one by one, each with nothing beside it.
-        quarantined: Rows not to be tried, with the message of their error.
-    """
+class Proceed:
+    """Try the rows but the quarantined ones, each with the message of its error. `ticket` names the attempt when
+    it is done."""
 
     ticket: int = 0
-    alone: bool = False
     quarantined: Mapping[RowKey, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Isolate:
+    """Nothing was begun: begin these rows one by one, each with nothing beside it."""
+
+
+Ruling = Proceed | Isolate
+
+
 class Attempts(Protocol):
-    """Remembers across the deaths of a stage's processes what they were at."""
+    """Remembers across crashes of a stage's processes which rows were in flight."""
 
     @property
     def stage(self) -> str:
@@ -74,7 +77,7 @@ class Unwatched:
 
     def begin(self, rows: Sequence[RowKey], alone: bool) -> Ruling:
         """Every block whole."""
-        return Ruling()
+        return Proceed()
 
     def done(self, ticket: int) -> None:
         """Nothing is remembered."""
@@ -106,14 +109,14 @@ class Guard:
             return work(block)
         with self._lock.shared():
             ruling = self._attempts.begin(rows, False)
-            if not ruling.alone:
-                return self._finish(ruling, self._marked(block, rows, ruling), work)
+            if isinstance(ruling, Proceed):
+                return self._try(ruling, block, rows, work)
         results = []
         for index, row in enumerate(rows):
             with self._lock.alone():
                 ruling = self._attempts.begin([row], True)
-                single = self._marked(block.slice(index, 1), [row], ruling)
-                results.append(work(single) if ruling.quarantined else self._finish(ruling, single, work))
+                assert isinstance(ruling, Proceed)  # it is alone
+                results.append(self._try(ruling, block.slice(index, 1), [row], work))
         self._attempts.settled(rows)
         return pa.concat_tables(results)
 
@@ -121,12 +124,15 @@ class Guard:
         """For other work of the process: it never runs beside a row that is tried alone, and does not wait long."""
         return self._lock.shared(first=True)
 
-    def _finish(self, ruling: Ruling, block: pa.Table, work: Callable[[pa.Table], pa.Table]) -> pa.Table:
-        result = work(block)  # an error that escapes ends the job or the process: the attempt stays open
+    def _try(
+        self, ruling: Proceed, block: pa.Table, rows: Sequence[RowKey], work: Callable[[pa.Table], pa.Table]
+    ) -> pa.Table:
+        # An error that escapes ends the job or the process: the attempt stays open.
+        result = work(self._marked(block, rows, ruling))
         self._attempts.done(ruling.ticket)
         return result
 
-    def _marked(self, block: pa.Table, rows: Sequence[RowKey], ruling: Ruling) -> pa.Table:
+    def _marked(self, block: pa.Table, rows: Sequence[RowKey], ruling: Proceed) -> pa.Table:
         """The block with an error in each quarantined row; both stages pass such rows through untouched."""
         if not ruling.quarantined:
             return block
@@ -140,7 +146,7 @@ class Guard:
 
 
 class SharedExclusiveLock:
-    """Many at once, or one alone; who wants to be alone goes before newcomers."""
+    """A readers-writer lock: many at once, or one alone, who goes before newcomers."""
 
     def __init__(self) -> None:
         self._changed = Condition()

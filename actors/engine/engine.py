@@ -8,10 +8,11 @@ full across their borders.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from queue import SimpleQueue
 from threading import Condition, Thread
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 
 from actors.engine.checkpoint_rules import CheckpointRules, check_positions
 from actors.engine.devices.prepare import prepare_device
-from actors.engine.failures import describe, is_fatal, is_out_of_memory, row_error
+from actors.engine.failures import describe, is_fatal, is_out_of_memory, row_error, try_apart
 from actors.engine.model.packed import use_packed_attention
 from actors.engine.model.runner import ModelRunner
 from actors.engine.prefix import find_prefix_source, prefix_key, shared_tokens
@@ -198,41 +199,51 @@ class ContinuousEngine:
             self.cache.copy_prefix(prefix_source.reservation, sequence.reservation, tokens)
             sequence.computed, sequence.prefix_source = tokens, None
 
-    def _encode(self, sequences: list[SequenceState]) -> None:
-        """Image features for `sequences`. What fails together is tried apart, so that one image fails alone."""
-        if not sequences:
-            return
-        try:
-            self.runner.encode(sequences)
-        except Exception as error:
-            self._check(error)
-            oom = is_out_of_memory(error)
-            if len(sequences) == 1 and not (oom and self._shrink_tiles()):
-                self._fail(sequences[0], row_error(error))
-                return
-            if oom:
-                self._shrink_tiles()
-            for sequence in sequences:
+    def _encode(self, sequences: Sequence[SequenceState]) -> None:
+        """Image features for `sequences`."""
+
+        def alone(sequence: SequenceState, error: Exception, shrunk: bool) -> None:
+            if shrunk:
                 self._encode([sequence])
+            else:
+                self._fail(sequence, row_error(error))
 
-    def _compute(self, chunks: list[Chunk]) -> None:
-        """One step. What fails together is tried in halves: a step over the same tokens may be repeated, since it
-        writes the same keys and values to the same places."""
-        try:
-            sampled = self.runner.step(chunks)
-        except Exception as error:
-            self._check(error)
-            shrunk = is_out_of_memory(error) and self._shrink_step(chunks)
-            if len(chunks) > 1:
-                middle = len(chunks) // 2
-                self._compute(chunks[:middle])
-                self._compute(chunks[middle:])
-            elif not (shrunk and chunks[0].length > self.scheduler.limits.prefill_tokens):
-                self._fail(chunks[0].sequence, row_error(error))
-            return
-        self._advance(chunks, sampled)
+        if sequences:
+            try_apart(sequences, self.runner.encode, self._recover(lambda _: self._shrink_tiles()), alone)
 
-    def _advance(self, chunks: list[Chunk], sampled: Sampled) -> None:
+    def _compute(self, chunks: Sequence[Chunk]) -> None:
+        """One step. It may be repeated over the same tokens, since it writes the same keys and values to the same
+        places."""
+        computed: list[tuple[Sequence[Chunk], Sampled]] = []
+
+        def attempt(some: Sequence[Chunk]) -> None:
+            computed.append((some, self.runner.step(some)))
+
+        def alone(chunk: Chunk, error: Exception, shrunk: bool) -> None:
+            if not (
+                shrunk and chunk.length > self.scheduler.limits.prefill_tokens
+            ):  # else the next step is smaller
+                self._fail(chunk.sequence, row_error(error))
+
+        try_apart(chunks, attempt, self._recover(self._shrink_step), alone)
+        for some, sampled in computed:
+            self._advance(some, sampled)
+
+    def _recover(self, shrink: Callable[[Sequence[Any]], bool]) -> Callable[[Sequence[Any], Exception], bool]:
+        """For `try_apart`: raises where the device is lost; where memory ran out, less is computed at once."""
+
+        def recover(items: Sequence[Any], error: Exception) -> bool:
+            if is_fatal(error):
+                raise error
+            if not is_out_of_memory(error):
+                return False
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            return shrink(items)
+
+        return recover
+
+    def _advance(self, chunks: Sequence[Chunk], sampled: Sampled) -> None:
         row = 0
         for chunk in chunks:
             sequence = chunk.sequence
@@ -267,12 +278,6 @@ class ContinuousEngine:
     def _emit(self, sequence: SequenceState, error: RowError) -> None:
         sequence.emit((sequence, Completion(sequence.request.key, (), None, "error", error)))
 
-    def _check(self, error: Exception) -> None:
-        if is_fatal(error):
-            raise error
-        if is_out_of_memory(error) and torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
     def _shrink_tiles(self) -> bool:
         if self.runner.tiles <= 1:
             return False
@@ -280,7 +285,7 @@ class ContinuousEngine:
         log.warning("out of memory while encoding images: now %d tiles at once", self.runner.tiles)
         return True
 
-    def _shrink_step(self, chunks: list[Chunk]) -> bool:
+    def _shrink_step(self, chunks: Sequence[Chunk]) -> bool:
         """After a step ran out of memory: fewer prompt tokens a step, then fewer sequences."""
         limits = self.scheduler.limits
         if (

@@ -1,4 +1,5 @@
-"""What an exception from the device means: no memory, no device any more, or one odd row.
+"""Error recovery: what an exception from the device means (no memory, no device any more, one odd row), and how a batch
+that fails is tried apart.
 
 Out-of-memory and row errors are dealt with inside; only a lost device ends the engine, because after it every further
 call in the process fails.
@@ -6,9 +7,14 @@ call in the process fails.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
 import torch
 
 from actors.errors import RowError
+
+Item = TypeVar("Item")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -34,6 +40,29 @@ def device_is_lost(device: torch.device) -> bool:
             if is_out_of_memory(error):
                 return False
     return True
+
+
+def try_apart(
+    items: Sequence[Item],
+    attempt: Callable[[Sequence[Item]], None],
+    recover: Callable[[Sequence[Item], Exception], bool],
+    alone: Callable[[Item, Exception, bool], None],
+) -> None:
+    """Calls `attempt(items)`; where that raises, halves of them, until one item fails alone.
+
+    `recover(items, error)` comes first: it raises what no smaller batch mends, and returns whether it made room.
+    `alone(item, error, recovered)` settles an item that failed by itself.
+    """
+    try:
+        attempt(items)
+    except Exception as error:
+        recovered = recover(items, error)
+        if len(items) == 1:
+            alone(items[0], error, recovered)
+            return
+        middle = len(items) // 2
+        for half in (items[:middle], items[middle:]):
+            try_apart(half, attempt, recover, alone)
 
 
 def row_error(error: BaseException) -> RowError:

@@ -13,9 +13,9 @@ from threading import Lock
 import torch
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from actors.engine.failures import is_fatal, is_out_of_memory, row_error
 from actors.engine.stopping import stop_strings
 from actors.engine.types import Completion, Request, Sampling
-from actors.errors import RowError
 from actors.families.base import Family
 
 
@@ -34,17 +34,12 @@ class ReferenceEngine:
                 with self._turn:
                     completion = self._generate_row(request)
                 yield completion
-            except RowError as error:
-                yield Completion(request.key, (), None, "error", error)
-            except torch.cuda.OutOfMemoryError as error:
-                torch.cuda.empty_cache()
-                message = f"out of device memory at {len(request.token_ids)} prompt tokens: {error}"
-                yield Completion(request.key, (), None, "error", RowError("oom", message))
-            except torch.AcceleratorError:
-                raise  # the device's context is lost: no later row can succeed in this process
             except Exception as error:  # one odd row must not take the others with it
-                message = f"{type(error).__name__}: {error}"
-                yield Completion(request.key, (), None, "error", RowError("generate", message))
+                if is_fatal(error):
+                    raise
+                if is_out_of_memory(error) and torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                yield Completion(request.key, (), None, "error", row_error(error))
 
     @torch.inference_mode()
     def _generate_row(self, request: Request) -> Completion:

@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 
-def load_family(path: str, revision: str | None = None, trust_remote_code: bool = False) -> Family:
+def load_family(path: str, revision: str | None = None) -> Family:
     """The family of a checkpoint (local folder or hub id), without its weights. Raises CheckpointError."""
     model_type = read_model_type(path, revision)
     if model_type not in FAMILIES:
@@ -47,7 +47,7 @@ def load_family(path: str, revision: str | None = None, trust_remote_code: bool 
     module, name = FAMILIES[model_type]
     family: type[Family] = getattr(importlib.import_module(module), name)
     with explained(path, revision, "processor_config.json", "preprocessor_config.json"):
-        return family(read_checkpoint(path, revision, trust_remote_code))
+        return family(read_checkpoint(path, revision))
 
 
 def load_model(
@@ -55,7 +55,6 @@ def load_model(
     revision: str | None = None,
     dtype: "str | torch.dtype" = "auto",
     device: "str | torch.device" = "cpu",
-    trust_remote_code: bool = False,
 ) -> "PreTrainedModel":
     """The checkpoint's stock model, in eval mode on `device`; `dtype` "auto" is the checkpoint's own.
 
@@ -70,7 +69,6 @@ def load_model(
             path,
             revision=revision,
             dtype=dtype,
-            trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
     if missing := sorted(loading["missing_keys"]):

@@ -41,9 +41,6 @@ class PromptError(RowError):
     def __init__(self, message: str) -> None:
         super().__init__("prompt", message)
 
-    def __reduce__(self) -> tuple[type[PromptError], tuple[str]]:
-        return type(self), (self.message,)
-
 
 @dataclass(frozen=True, slots=True)
 class ImageLayout:

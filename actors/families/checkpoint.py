@@ -47,18 +47,16 @@ class Checkpoint:
     """Texts that end a caption, whatever the job asks for."""
 
 
-def read_checkpoint(path: str, revision: str | None, trust_remote_code: bool) -> Checkpoint:
+def read_checkpoint(path: str, revision: str | None) -> Checkpoint:
     """Read the configs, tokenizer and chat template of a local folder or a hub id. Raises CheckpointError."""
     path = os.fspath(path)
     with explained(path, revision, CONFIG):
-        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(path, revision=revision)
     # Without a vocabulary transformers may make an empty tokenizer.
     if not any(_file(path, name, revision) for name in _TOKENIZERS):
         raise CheckpointError(f"{path}: no tokenizer there: none of {', '.join(_TOKENIZERS)}")
     with explained(path, revision, "tokenizer.json", "tokenizer_config.json"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, revision=revision, trust_remote_code=trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     processor = read_json(path, "processor_config.json", revision) or {}
     image_processor = _part(path, processor, "image_processor")
     if image_processor is None:

@@ -1,8 +1,8 @@
-"""Deaths: the memory of what Preprocess and Generate processes were at when they died.
+"""Crash registry: one Ray actor per run that records the rows in flight at each crash and quarantines repeat offenders.
 
 Ray restarts a dead actor and gives it the same block again, for ever. Here is what ends that: one tiny actor on
-the driver's node to which every process tells its birth and what it begins and has done (actors/attempts.py). A
-process is born again under the same actor id; what its predecessor had begun and not done is what it died of.
+the driver's node to which every process reports its start and what it begins and has done (actors/attempts.py). A
+process starts again under the same actor id; what its predecessor had begun and not done is what it crashed on.
 
 The rules:
 1. Rows in flight at a death are suspects, and are tried again one by one, each with nothing beside it.
@@ -30,7 +30,7 @@ from typing import Any, NoReturn
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.attempts import RowKey, Ruling
+from actors.attempts import Isolate, Proceed, RowKey, Ruling
 
 MAX_CRASHES = 6  # two rows side by side that both kill without a sound take five
 LOST = "tessera: the device is lost:"
@@ -105,12 +105,12 @@ class Register:
             row: self._quarantined[stage, row] for row in rows if (stage, row) in self._quarantined
         }
         if not alone and any((stage, row) in self._suspects for row in rows):
-            return Ruling(alone=True)
+            return Isolate()
         self._tickets += 1
         tried = tuple(row for row in rows if row not in quarantined)
         if tried:
             self._open[self._tickets] = _Attempt(process, tried, alone)
-        return Ruling(self._tickets, quarantined=quarantined)
+        return Proceed(self._tickets, quarantined)
 
     def done(self, ticket: int) -> None:
         """See Attempts.done."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 import pytest
 
-from actors.attempts import Guard, RowKey, Ruling, Unwatched
+from actors.attempts import Guard, Isolate, Proceed, RowKey, Unwatched
 from actors.engine import DeviceLost
 from actors.generate import Generate
 from actors.preprocess import Preprocess
@@ -30,9 +30,9 @@ class Memory:
 
     def begin(self, rows, alone):
         if not alone and self.suspects & set(rows):
-            return Ruling(alone=True)
+            return Isolate()
         self.heard.append(("begin", [row for _, row in rows], alone))
-        return Ruling(
+        return Proceed(
             len(self.heard),
             quarantined={row: self.quarantined[row] for row in rows if row in self.quarantined},
         )
@@ -76,7 +76,7 @@ def test_a_block_with_a_suspect_goes_row_by_row():
 
 
 @pytest.mark.parametrize("suspects", [set(), {("a.parquet", 0)}])
-def test_a_guilty_row_is_an_error_row_and_is_not_tried(suspects):
+def test_a_quarantined_row_is_an_error_row_and_is_not_tried(suspects):
     tried: list[str] = []
 
     def work(table: pa.Table) -> pa.Table:
@@ -134,7 +134,7 @@ def test_nothing_runs_beside_a_row_that_is_tried_alone():
     assert not beside and memory.heard.count("done") == 5 + 4
 
 
-def test_preprocess_passes_a_guilty_row_on():
+def test_preprocess_passes_a_quarantined_row_on():
     path = untrained("llava_onevision")
     rows = source_block([[picture()], [picture()]], id=["x", "y"], prompt=["Describe the image."] * 2)
     memory = Memory(quarantined={("a.parquet", 0): "kills its process"})

@@ -2,7 +2,7 @@
 
 import pytest
 
-from actors.attempts import RowKey
+from actors.attempts import Isolate, Proceed, RowKey
 from pipeline.run.crashes import LOST, MAX_CRASHES, Process, Register, last_words
 
 SEGFAULT = "Fatal Python error: Segmentation fault"
@@ -31,7 +31,7 @@ class Actor:
         """Goes through a block as the guard does; returns the quarantined rows, and None where it dies."""
         quarantined = []
         ruling = self.begin(*numbers)
-        if not ruling.alone:
+        if isinstance(ruling, Proceed):
             self.register.done(ruling.ticket)
             return [row for _, row in ruling.quarantined]
         for number in numbers:
@@ -51,14 +51,14 @@ def test_what_was_done_is_no_suspect(register):
     actor = Actor(register)
     register.done(actor.begin(0, 1, 2).ticket)
     actor.born(SEGFAULT)
-    assert not actor.begin(0, 1, 2).alone
+    assert isinstance(actor.begin(0, 1, 2), Proceed)
 
 
 def test_a_segfault_is_found_after_two_deaths(register):
     actor = Actor(register)
     actor.begin(0, 1, 2)
     actor.born(SEGFAULT)
-    assert actor.begin(0, 1, 2).alone
+    assert actor.begin(0, 1, 2) == Isolate()
     register.done(actor.begin(0, alone=True).ticket)
     actor.begin(1, alone=True)
     actor.born(SEGFAULT)
@@ -80,12 +80,12 @@ def test_a_mute_death_must_come_twice_to_the_same_row_alone(register):
     assert actor.settle(0, 1) == [1]
 
 
-def test_blocks_side_by_side_are_all_suspects_and_only_one_row_is_guilty(register):
+def test_blocks_side_by_side_are_all_suspects_and_only_one_row_is_quarantined(register):
     actor = Actor(register)
     for first in (0, 2, 4):
         actor.begin(first, first + 1)
     actor.born(SEGFAULT)
-    assert [actor.begin(first, first + 1).alone for first in (0, 2, 4)] == [True] * 3
+    assert [actor.begin(first, first + 1) for first in (0, 2, 4)] == [Isolate()] * 3
     assert actor.settle(4, 5) == []
     register.done(actor.begin(0, alone=True).ticket)
     actor.begin(1, alone=True)
@@ -98,7 +98,7 @@ def test_a_process_that_goes_with_its_node_is_nobodys_fault(register):
     for _ in range(MAX_CRASHES):
         actor.begin(0)
         assert not actor.born()
-    assert not actor.begin(0).alone
+    assert isinstance(actor.begin(0), Proceed)
 
 
 def test_stages_do_not_share_suspects(register):
@@ -107,7 +107,7 @@ def test_stages_do_not_share_suspects(register):
     actor.born(SEGFAULT)
     other = Process("two", "preprocess", "here", 1, "")
     register.started(other, "")
-    assert not register.begin(other, rows(0), False).alone and actor.begin(0).alone
+    assert isinstance(register.begin(other, rows(0), False), Proceed) and actor.begin(0) == Isolate()
 
 
 def test_a_replica_that_only_dies_ends_the_job(register):
