@@ -1,4 +1,4 @@
-"""The one exception a row may fail with: it becomes the row's `error` column, never the end of the job."""
+"""Row errors: the one exception a row may fail with. It becomes the row's `error` column, never the end of the job."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a checkpoint's generation_config.json asks of every text, beyond what the job spec says.
+"""Generation rules: what a checkpoint's generation_config.json asks of every text, beyond the job spec.
 
 Asked for is applied or refused, never ignored. The rules here only forbid ids, so their order among
 themselves and the repetition penalty does not matter, and greedy tokens stay `generate`'s. What would change tokens

@@ -1,4 +1,4 @@
-"""Shared prefixes: several prompts or samples on one image are encoded and prefilled once.
+"""Prefix caching: several prompts or samples on one image are encoded and prefilled once.
 
 What a token leaves in the cache depends on what stands before it only, so sequences that begin alike, up
 to the end of their last image, can take each other's keys and values. The first of them is the prefix

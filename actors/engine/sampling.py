@@ -1,4 +1,4 @@
-"""The next token of each row, from its logits and its own rules.
+"""Sampling: the next token of each row, from its logits and its own rules.
 
 A row's draw depends on its logits, its seed and how many tokens it has, nothing else. The random
 number comes from a counter-based hash of (seed, index), and picks a token by the inverse of the row's cumulative

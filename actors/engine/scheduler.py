@@ -1,4 +1,4 @@
-"""Which sequences run, and what each step computes for them.
+"""The scheduler of continuous batching with chunked prefill: which sequences run, and what each step computes.
 
 Every step takes one token from each sequence that is decoding and as many prompt tokens of entering
 ones as the step's budget allows, all packed side by side. Sequences enter in order of arrival once their whole

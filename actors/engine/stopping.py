@@ -1,4 +1,4 @@
-"""When a text is finished: an end-of-sequence id, a stop string, or its length.
+"""Stop conditions: when a text is finished, by an end-of-sequence id, a stop string, or its length.
 
 Only the tail of a text can complete a stop string, so each new token costs the decoding of a few
 tokens, however long the text is; what the tail suggests is confirmed on the whole text, once.

@@ -1,4 +1,4 @@
-"""What goes into an engine and what comes out of it.
+"""Requests and completions: what goes into an engine and what comes out of it.
 
 Every engine (`reference`, `continuous`) is an object with one method, so that the actor, the tests and the
 benchmarks exchange them freely. Requests and completions carry a `key` of the caller's; order is not kept.

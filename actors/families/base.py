@@ -1,4 +1,4 @@
-"""What every model family is made of.
+"""The base class of model families: layout, tiling, prompt and image embedding.
 
 A family turns (image sizes, messages) into integers before any pixel or weight is touched.
 `layout` is the only place where token arithmetic exists; tiling, prompts, admission and planning use it.

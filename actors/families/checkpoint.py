@@ -1,4 +1,4 @@
-"""What a checkpoint folder says, whichever transformers wrote it.
+"""Reads a checkpoint's configs, tokenizer and chat template, whichever transformers version wrote them.
 
 The 4.x layout (`preprocessor_config.json`, optional `processor_config.json`, template in
 `chat_template.json` or in the tokenizer) and the 5.x layout (one `processor_config.json` with a nested

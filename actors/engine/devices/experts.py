@@ -1,4 +1,4 @@
-"""Which code computes a mixture of experts, by device.
+"""Mixtures of experts: which kernel computes them, by device.
 
 Experts are reached through transformers' experts interface, so the model's own layers stay as they are;
 what is picked is picked explicitly, because the default depends on the transformers version.

@@ -1,4 +1,4 @@
-"""Where keys and values live: how much a token takes, and who holds which places.
+"""KV cache allocation: how much a token takes, and which sequence holds which places.
 
 A sequence reserves room for its prompt and everything it may generate when it enters, so nothing
 is ever evicted or moved. A reservation is a set of places in one arena: on a CPU a contiguous run of tokens (so

@@ -1,4 +1,4 @@
-"""The CUDA cache and attention: pages of 256 tokens, and the flash kernels that ship with torch.
+"""The paged KV cache and attention of CUDA: pages of 256 tokens, and the flash kernels that ship with torch.
 
 One kernel call serves decoding tokens and prompt chunks of any length side by side; it finds each sequence's past
 through a table of pages, so nothing is padded or copied, and a prefix may stand in pages that several sequences hold.
