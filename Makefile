@@ -9,7 +9,7 @@ TREE := pipeline actors jobs examples benchmarks tests
 
 help:
 	@echo "make demo    toy data, one job per model family, out/demo/report.html"
-	@echo "make test    the test suite"
+	@echo "make test    the test suite, doctests included"
 	@echo "make lint    ruff, mypy and the direction of imports"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make clean   remove .venv, caches and out/"
@@ -21,12 +21,13 @@ test: $(VENV)/.dev
 	@$(MAKE) --no-print-directory --keep-going -j2 test-jobs test-parts
 
 # Tests that run whole jobs share Ray clusters and leave a core idle half of the time, so the others run beside them.
-JOBS := tests/chaos tests/examples tests/jobs tests/test_readme.py
+JOBS := tests/chaos tests/examples tests/faults tests/jobs tests/test_readme.py
 
 test-jobs: $(VENV)/.dev
 	$(BIN)/python -m pytest -q --durations=15 $(JOBS)
 
 test-parts: $(VENV)/.dev
+	$(BIN)/python -m pytest -q --doctest-modules $(filter-out tests,$(TREE))
 	$(BIN)/python -m pytest -q --durations=15 $(JOBS:%=--ignore=%)
 
 lint: $(VENV)/.dev
