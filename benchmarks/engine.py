@@ -29,7 +29,8 @@ import torch
 import actors  # noqa: F401  (hides a torchvision that does not match torch)
 from actors.engine.engine import ContinuousEngine
 from actors.engine.types import Request
-from benchmarks.engine_models import FAMILIES, build, sizes_of
+from actors.families import FAMILIES
+from benchmarks.engine_models import build, sizes_of
 from benchmarks.engine_roofline import utilisation
 from benchmarks.engine_systems import STATIC_BATCHES, Measured, Run, run_engine, run_generate, timed
 from benchmarks.engine_vllm import VLLM_FAMILIES, run_vllm

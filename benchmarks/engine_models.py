@@ -29,8 +29,6 @@ from transformers import (
 from actors.families import Family, load_family
 from examples.toy.vocabulary import CHAT_TEMPLATES, build_tokenizer
 
-FAMILIES = ("llava_onevision", "aya_vision", "aria", "fuyu")
-
 CLASSES: dict[str, type[PreTrainedModel]] = {
     "llava_onevision": LlavaOnevisionForConditionalGeneration,
     "aya_vision": AyaVisionForConditionalGeneration,
@@ -131,93 +129,136 @@ def model_config(family: str, size: str, ids: dict[str, int]) -> PreTrainedConfi
         "head_dim": hidden // heads,
         **{f"{name}_token_id": 0 for name in ("bos", "eos", "pad")},
     }
-    if family == "fuyu":
-        del text["num_key_value_heads"], text["head_dim"]
-        text |= {"model_type": "persimmon", "qk_layernorm": True}
-        return FuyuConfig(
-            text_config=text,
-            hidden_size=hidden,  # as released checkpoints have it: older transformers reads it
-            patch_size=30,
-            image_size=300,
-            image_token_id=ids["|SPEAKER|"],
-        )
-    widths = VISION[size]
-    vision: dict[str, Any] = {
-        "hidden_size": widths[0],
-        "intermediate_size": widths[1],
-        "num_hidden_layers": widths[2],
-        "num_attention_heads": widths[3],
-    }
-    side = tile_side(family, size)
-    vision |= {
-        "image_size": side,
+    return _CONFIGS[family](text, size, ids)
+
+
+def _llava_onevision_config(text: dict[str, Any], size: str, ids: dict[str, int]) -> PreTrainedConfig:
+    side = tile_side("llava_onevision", size)
+    return LlavaOnevisionConfig(
+        text_config={**text, "model_type": "qwen2"},
+        vision_config=_vision("llava_onevision", size),
+        image_token_index=ids["<image>"],
+        video_token_index=ids["<video>"],
+        image_grid_pinpoints=[[side * rows, side * columns] for rows, columns in PINPOINTS],
+        tie_word_embeddings=size == "0.5b",
+    )
+
+
+def _aya_vision_config(text: dict[str, Any], size: str, ids: dict[str, int]) -> PreTrainedConfig:
+    return AyaVisionConfig(
+        text_config={**text, "model_type": "cohere2", "sliding_window": 4096 if size == "7b" else 512},
+        vision_config=_vision("aya_vision", size),
+        image_token_index=ids["<|IMG_PATCH|>"],
+        alignment_intermediate_size=36864 if size == "7b" else 4 * text["hidden_size"],
+    )
+
+
+def _aria_config(text: dict[str, Any], size: str, ids: dict[str, int]) -> PreTrainedConfig:
+    experts, active, shared = EXPERTS[size]
+    mixture = {"moe_num_experts": experts, "moe_topk": active, "moe_num_shared_experts": shared}
+    return AriaConfig(
+        text_config={**text, **mixture, "model_type": "aria_text"},
+        vision_config={**_vision("aria", size), "model_type": "idefics3_vision"},
+        image_token_index=ids["<|img|>"],
+        projector_patch_to_query_dict={(tile_side("aria", size) // PATCH) ** 2: 256},
+    )
+
+
+def _fuyu_config(text: dict[str, Any], size: str, ids: dict[str, int]) -> PreTrainedConfig:
+    text = {name: value for name, value in text.items() if name not in ("num_key_value_heads", "head_dim")}
+    return FuyuConfig(
+        text_config={**text, "model_type": "persimmon", "qk_layernorm": True},
+        hidden_size=text["hidden_size"],  # as released checkpoints have it: older transformers reads it
+        patch_size=30,
+        image_size=300,
+        image_token_id=ids["|SPEAKER|"],
+    )
+
+
+def _vision(family: str, size: str) -> dict[str, Any]:
+    hidden, intermediate, layers, heads = VISION[size]
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "image_size": tile_side(family, size),
         "patch_size": PATCH,
         "model_type": "siglip_vision_model",
         "vision_use_head": False,
     }
-    if family == "llava_onevision":
-        return LlavaOnevisionConfig(
-            text_config={**text, "model_type": "qwen2"},
-            vision_config=vision,
-            image_token_index=ids["<image>"],
-            video_token_index=ids["<video>"],
-            image_grid_pinpoints=[[side * rows, side * columns] for rows, columns in PINPOINTS],
-            tie_word_embeddings=size == "0.5b",
-        )
-    if family == "aya_vision":
-        return AyaVisionConfig(
-            text_config={**text, "model_type": "cohere2", "sliding_window": 4096 if size == "7b" else 512},
-            vision_config=vision,
-            image_token_index=ids["<|IMG_PATCH|>"],
-            alignment_intermediate_size=36864 if size == "7b" else 4 * hidden,
-        )
-    experts, active, shared = EXPERTS[size]
-    text |= {"moe_num_experts": experts, "moe_topk": active, "moe_num_shared_experts": shared}
-    return AriaConfig(
-        text_config={**text, "model_type": "aria_text"},
-        vision_config={**vision, "model_type": "idefics3_vision"},
-        image_token_index=ids["<|img|>"],
-        projector_patch_to_query_dict={(side // PATCH) ** 2: 256},
-    )
+
+
+_CONFIGS = {
+    "llava_onevision": _llava_onevision_config,
+    "aya_vision": _aya_vision_config,
+    "aria": _aria_config,
+    "fuyu": _fuyu_config,
+}
 
 
 def processor_config(family: str, size: str) -> dict[str, Any]:
     """`processor_config.json`, as transformers 5 saves it."""
-    image: dict[str, Any] = {
+    return _PROCESSORS[family](size)
+
+
+def _llava_onevision_processor(size: str) -> dict[str, Any]:
+    side = tile_side("llava_onevision", size)
+    image = _image("LlavaOnevisionImageProcessor", side)
+    image["image_grid_pinpoints"] = [[side * rows, side * columns] for rows, columns in PINPOINTS]
+    return {
+        "processor_class": "LlavaOnevisionProcessor",
+        "image_processor": image,
+        "video_processor": {
+            "video_processor_type": "LlavaOnevisionVideoProcessor",
+            "size": image["size"],
+        },
+        "num_image_tokens": (side // PATCH) ** 2,
+        "vision_feature_select_strategy": "full",
+        "vision_aspect_ratio": "anyres_max_9",
+    }
+
+
+def _aya_vision_processor(size: str) -> dict[str, Any]:
+    side = tile_side("aya_vision", size)
+    return {
+        "processor_class": "AyaVisionProcessor",
+        "image_processor": {**_image("GotOcr2ImageProcessor", side), "min_patches": 1, "max_patches": 12},
+        "patch_size": PATCH,
+        "img_size": side,
+        "downsample_factor": 2,
+    }
+
+
+def _aria_processor(size: str) -> dict[str, Any]:
+    side = tile_side("aria", size)
+    image = {**_image("AriaImageProcessor", side), "max_image_size": side, "split_image": False}
+    return {"processor_class": "AriaProcessor", "image_processor": image, "size_conversion": {str(side): 256}}
+
+
+def _fuyu_processor(size: str) -> dict[str, Any]:
+    image = {
+        "image_processor_type": "FuyuImageProcessor",
+        "size": {"height": 1080, "width": 1920},
+        "patch_size": {"height": 30, "width": 30},
+    }
+    return {"processor_class": "FuyuProcessor", "image_processor": image}
+
+
+def _image(kind: str, side: int) -> dict[str, Any]:
+    return {
+        "image_processor_type": kind,
         "image_mean": [0.5] * 3,
         "image_std": [0.5] * 3,
         "do_rescale": True,
         "resample": 3,
+        "size": {"height": side, "width": side},
     }
-    if family == "fuyu":
-        names = {"processor_class": "FuyuProcessor"}
-        processor = {"image_processor_type": "FuyuImageProcessor", "size": {"height": 1080, "width": 1920}}
-        return {**names, "image_processor": {**processor, "patch_size": {"height": 30, "width": 30}}}
-    side = tile_side(family, size)
-    image["size"] = {"height": side, "width": side}
-    if family == "llava_onevision":
-        image["image_processor_type"] = "LlavaOnevisionImageProcessor"
-        image["image_grid_pinpoints"] = [[side * rows, side * columns] for rows, columns in PINPOINTS]
-        return {
-            "processor_class": "LlavaOnevisionProcessor",
-            "image_processor": image,
-            "video_processor": {
-                "video_processor_type": "LlavaOnevisionVideoProcessor",
-                "size": image["size"],
-            },
-            "num_image_tokens": (side // PATCH) ** 2,
-            "vision_feature_select_strategy": "full",
-            "vision_aspect_ratio": "anyres_max_9",
-        }
-    if family == "aya_vision":
-        image |= {"image_processor_type": "GotOcr2ImageProcessor", "min_patches": 1, "max_patches": 12}
-        names = {"processor_class": "AyaVisionProcessor"}
-        return {
-            **names,
-            "image_processor": image,
-            "patch_size": PATCH,
-            "img_size": side,
-            "downsample_factor": 2,
-        }
-    image |= {"image_processor_type": "AriaImageProcessor", "max_image_size": side, "split_image": False}
-    return {"processor_class": "AriaProcessor", "image_processor": image, "size_conversion": {str(side): 256}}
+
+
+_PROCESSORS = {
+    "llava_onevision": _llava_onevision_processor,
+    "aya_vision": _aya_vision_processor,
+    "aria": _aria_processor,
+    "fuyu": _fuyu_processor,
+}

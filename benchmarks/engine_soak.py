@@ -24,8 +24,8 @@ import torch
 import actors  # noqa: F401  (hides a torchvision that does not match torch)
 from actors.engine import Request, Sampling
 from actors.engine.engine import ContinuousEngine
-from actors.families import Family, user_message
-from benchmarks.engine_models import FAMILIES, build
+from actors.families import FAMILIES, Family, user_message
+from benchmarks.engine_models import build
 
 CALLERS = 2
 

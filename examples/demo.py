@@ -26,7 +26,7 @@ from pipeline.run.progress import display
 from pipeline.spec.job_spec import JobSpec, load_spec
 
 EXAMPLES = Path(__file__).parent
-FAMILIES = ("llava_onevision", "aya_vision", "aria", "fuyu")
+FAMILIES = tuple(LANGUAGES)
 
 
 def main() -> int:

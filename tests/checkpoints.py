@@ -6,8 +6,6 @@ import shutil
 import tempfile
 from pathlib import Path
 
-FAMILIES = ("aria", "aya_vision", "fuyu", "llava_onevision")
-
 
 @functools.cache
 def untrained(family: str) -> str:

@@ -66,7 +66,7 @@ class Aria(Family):
             )
         self.crop_tokens = int(config.projector_patch_to_query_dict[patches])
         self.placeholder = getattr(self.tokenizer, "image_token", None) or "<|img|>"
-        self.require_image_token(self.placeholder)
+        self.require_token(self.placeholder, "image")
 
     def layout(self, sizes: Sequence[Size]) -> tuple[ImageLayout, ...]:
         return tuple(self._layout(size) for size in sizes)

@@ -58,7 +58,7 @@ class AyaVision(Family):
         self._start = processor.get("start_of_img_token") or "<|START_OF_IMG|>"
         self._end = processor.get("end_of_img_token") or "<|END_OF_IMG|>"
         self._patch = processor.get("img_patch_token") or "<|IMG_PATCH|>"
-        self.require_image_token(self._patch)
+        self.require_token(self._patch, "image")
         tile = processor.get("tile_token") or "TILE"
         self._markers = self._marker_ids(
             [f"{tile}_{index}" for index in range(1, max(map(_area, self._grids)) + 1)],

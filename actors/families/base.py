@@ -98,13 +98,7 @@ class Family(ABC):
         self.max_positions = int(checkpoint.config.get_text_config().max_position_embeddings)
         given = {key: value for key, value in checkpoint.image_processor.items() if value is not None}
         self.image_config: dict[str, Any] = {**self.image_defaults, **given}
-        self.normalize = PixelTable(
-            self.image_config["image_mean"],
-            self.image_config["image_std"],
-            self.image_config.get("rescale_factor", 1 / 255),
-            self.image_config.get("do_rescale", True),
-            self.image_config.get("do_normalize", True),
-        )
+        self.normalize = PixelTable.of(self.image_config)
         """uint8 pixels -> normalised floats on their device."""
 
     @abstractmethod
@@ -268,12 +262,13 @@ class Family(ABC):
             raise CheckpointError(f"{self.path}: the tokenizer has no token {token!r}")
         return int(found)
 
-    def require_image_token(self, token: str) -> None:
-        """Refuse a checkpoint whose tokenizer and config disagree on the image token."""
-        if self.token_id(token) != self.image_token_id:
+    def require_token(self, token: str, kind: Kind) -> None:
+        """Refuse a checkpoint whose tokenizer and config disagree on the image or video token."""
+        configured = self.image_token_id if kind == "image" else self.video_token_id
+        if self.token_id(token) != configured:
             raise CheckpointError(
                 f"{self.path}: {token!r} is id {self.token_id(token)} to the tokenizer, "
-                f"but config.json's image token is {self.image_token_id}"
+                f"but config.json's {kind} token is {configured}"
             )
 
     def _check(self, messages: Sequence[Message], layouts: Sequence[ImageLayout]) -> None:

@@ -58,7 +58,7 @@ class Fuyu(Family):
         self.fill = (int(self.image_config["padding_value"]),) * 3
         self.resample = int(self.image_config["resample"])
         self.tile_shape = (3, *self.patch)
-        self.require_image_token(self.placeholder)
+        self.require_token(self.placeholder, "image")
         self.newline_id = self.token_id(NEWLINE)
         self.bos_id = self.token_id("<s>")
         # Answers end with the tokenizer's |ENDOFTEXT|, whatever id the config names.

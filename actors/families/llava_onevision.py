@@ -98,17 +98,11 @@ class LlavaOnevision(Family):
         self.video_placeholder = (
             getattr(tokenizer, "video_token", None) or processor.get("video_token") or "<video>"
         )
-        self.require_image_token(self.placeholder)
+        self.require_token(self.placeholder, "image")
         self.video_token_id = int(checkpoint.config.video_token_id)
         given = {key: value for key, value in checkpoint.video_processor.items() if value is not None}
         self.video_config: dict[str, Any] = {**_VIDEO_DEFAULTS, **given}
-        self.normalize_frames = PixelTable(
-            self.video_config["image_mean"],
-            self.video_config["image_std"],
-            self.video_config.get("rescale_factor", 1 / 255),
-            self.video_config.get("do_rescale", True),
-            self.video_config.get("do_normalize", True),
-        )
+        self.normalize_frames = PixelTable.of(self.video_config)
         """As `normalize`, of a video's frames: the checkpoint may give them figures of their own."""
         side = vision.image_size // vision.patch_size
         self._frame_tokens = math.ceil(side / 2) ** 2
@@ -129,11 +123,7 @@ class LlavaOnevision(Family):
                 f"{self.path}: the model cannot pool the frames of videos under the feature strategy 'default'"
             )
         token = str(self.video_placeholder)
-        if self.token_id(token) != self.video_token_id:
-            raise CheckpointError(
-                f"{self.path}: {token!r} is id {self.token_id(token)} to the tokenizer, "
-                f"but config.json's video token is {self.video_token_id}"
-            )
+        self.require_token(token, "video")
         if self.render([user_message("", videos=1)]).count(token) != 1:
             raise CheckpointError(f"{self.path}: its chat template writes no {token} for a video")
 

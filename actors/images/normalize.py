@@ -5,7 +5,10 @@ Computed once with the stock (torchvision-backend) arithmetic, looking bytes up 
 floats bit for bit on any device, while pixels travel at a quarter of the bytes.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +39,12 @@ class PixelTable:
         self.values = values.contiguous()
         """float32 [3, 256]: the normalised value of every byte, a row a channel."""
         self._on_device: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> PixelTable:
+        """The table of a processor's fields; mean and std must be there."""
+        optional = {"rescale_factor", "do_rescale", "do_normalize"} & set(config)
+        return cls(config["image_mean"], config["image_std"], **{name: config[name] for name in optional})
 
     def __call__(self, pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """uint8 `[..., 3, h, w]` on any device -> `dtype`, same shape and device.

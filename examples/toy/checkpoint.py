@@ -50,6 +50,8 @@ VISION = {
     "patch_size": PATCH,
 }
 SIGLIP = {**VISION, "model_type": "siglip_vision_model", "image_size": TILE, "vision_use_head": False}
+SIZE = {"height": TILE, "width": TILE}
+BILINEAR, BICUBIC = 2, 3  # as Pillow counts them
 PIXELS = {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "do_resize": True}
 HALF = {**PIXELS, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 
@@ -127,130 +129,160 @@ def model_config(family: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedC
         "pad_token_id": tokenizer.pad_token_id,
         "rope_parameters": ROPE,
     }
-    if family == "llava_onevision":
-        qwen2 = {
-            "model_type": "qwen2",
-            "num_hidden_layers": 3,
-            "intermediate_size": 288,
-            "num_key_value_heads": 2,
-        }
-        return LlavaOnevisionConfig(
-            text_config={**text, **qwen2},
-            vision_config=SIGLIP,
-            image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-            video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
-            image_grid_pinpoints=PINPOINTS,
-        )
-    if family == "aya_vision":
-        # Three sliding layers, then one without positions that sees everything; prompts outgrow the window.
-        cohere2 = {
-            "model_type": "cohere2",
-            "num_hidden_layers": 4,
-            "sliding_window": 24,
-            "sliding_window_pattern": 4,
-            "intermediate_size": 288,
-            "num_key_value_heads": 2,
-            "logit_scale": 1.0,
-        }
-        return AyaVisionConfig(
-            text_config={**text, **cohere2},
-            vision_config=SIGLIP,
-            image_token_index=tokenizer.convert_tokens_to_ids("<|IMG_PATCH|>"),
-            downsample_factor=2,
-        )
-    if family == "aria":
-        experts = {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1, "intermediate_size": 128}
-        return AriaConfig(
-            text_config={**text, **experts, "model_type": "aria_text", "num_hidden_layers": 3},
-            vision_config={**VISION, "model_type": "idefics3_vision", "image_size": ARIA_SIDE},
-            image_token_index=tokenizer.convert_tokens_to_ids("<|img|>"),
-            projector_patch_to_query_dict={(side // PATCH) ** 2: n for side, n in ARIA_QUERIES.items()},
-        )
-    if family == "fuyu":
-        persimmon = {
-            "model_type": "persimmon",
-            "num_hidden_layers": 4,
-            "intermediate_size": 512,
-            "qk_layernorm": True,
-            "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5},
-        }
-        return FuyuConfig(
-            text_config={**text, **persimmon},
-            hidden_size=text["hidden_size"],  # as released checkpoints have it: older transformers reads it
-            patch_size=PATCH,
-            image_size=FUYU_SIZE,
-            image_token_id=tokenizer.convert_tokens_to_ids("|SPEAKER|"),
-        )
-    raise ValueError(f"no toy for family {family!r}")
+    return CONFIGS[family](text, tokenizer)
+
+
+def _llava_onevision_config(text: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    qwen2 = {
+        "model_type": "qwen2",
+        "num_hidden_layers": 3,
+        "intermediate_size": 288,
+        "num_key_value_heads": 2,
+    }
+    return LlavaOnevisionConfig(
+        text_config={**text, **qwen2},
+        vision_config=SIGLIP,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=PINPOINTS,
+    )
+
+
+def _aya_vision_config(text: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    # Three sliding layers, then one without positions that sees everything; prompts outgrow the window.
+    cohere2 = {
+        "model_type": "cohere2",
+        "num_hidden_layers": 4,
+        "sliding_window": 24,
+        "sliding_window_pattern": 4,
+        "intermediate_size": 288,
+        "num_key_value_heads": 2,
+        "logit_scale": 1.0,
+    }
+    return AyaVisionConfig(
+        text_config={**text, **cohere2},
+        vision_config=SIGLIP,
+        image_token_index=tokenizer.convert_tokens_to_ids("<|IMG_PATCH|>"),
+        downsample_factor=2,
+    )
+
+
+def _aria_config(text: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    experts = {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1, "intermediate_size": 128}
+    return AriaConfig(
+        text_config={**text, **experts, "model_type": "aria_text", "num_hidden_layers": 3},
+        vision_config={**VISION, "model_type": "idefics3_vision", "image_size": ARIA_SIDE},
+        image_token_index=tokenizer.convert_tokens_to_ids("<|img|>"),
+        projector_patch_to_query_dict={(side // PATCH) ** 2: n for side, n in ARIA_QUERIES.items()},
+    )
+
+
+def _fuyu_config(text: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    persimmon = {
+        "model_type": "persimmon",
+        "num_hidden_layers": 4,
+        "intermediate_size": 512,
+        "qk_layernorm": True,
+        "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5},
+    }
+    return FuyuConfig(
+        text_config={**text, **persimmon},
+        hidden_size=text["hidden_size"],  # as released checkpoints have it: older transformers reads it
+        patch_size=PATCH,
+        image_size=FUYU_SIZE,
+        image_token_id=tokenizer.convert_tokens_to_ids("|SPEAKER|"),
+    )
+
+
+CONFIGS = {
+    "llava_onevision": _llava_onevision_config,
+    "aya_vision": _aya_vision_config,
+    "aria": _aria_config,
+    "fuyu": _fuyu_config,
+}
 
 
 def processor_config(family: str) -> dict[str, Any]:
     """`processor_config.json`: the processor's own fields and, nested, the image processor's."""
-    size = {"height": TILE, "width": TILE}
-    bilinear, bicubic = 2, 3
-    if family == "llava_onevision":
-        video = {"video_processor_type": "LlavaOnevisionVideoProcessor", "size": size, "resample": bicubic}
-        return {
-            "processor_class": "LlavaOnevisionProcessor",
-            "image_processor": {
-                **HALF,
-                "image_processor_type": "LlavaOnevisionImageProcessor",
-                "size": size,
-                "image_grid_pinpoints": PINPOINTS,
-                "resample": bicubic,
-                "do_pad": True,
-            },
-            "video_processor": {**HALF, **video},
-            "num_image_tokens": (TILE // PATCH) ** 2,
-            "vision_feature_select_strategy": "full",
-            "vision_aspect_ratio": "anyres_max_9",
-            "image_token": "<image>",
-            "video_token": "<video>",
-        }
-    if family == "aya_vision":
-        return {
-            "processor_class": "AyaVisionProcessor",
-            "image_processor": {
-                **HALF,
-                "image_processor_type": "GotOcr2ImageProcessor",
-                "size": size,
-                "crop_to_patches": True,
-                "min_patches": 1,
-                "max_patches": 2,
-                "resample": bicubic,
-            },
-            "patch_size": PATCH,
-            "img_size": TILE,
-            "downsample_factor": 2,
-        }
-    if family == "aria":
-        return {
-            "processor_class": "AriaProcessor",
-            "image_processor": {
-                **HALF,
-                "image_processor_type": "AriaImageProcessor",
-                "max_image_size": ARIA_SIDE,
-                "min_image_size": 64,
-                "split_image": False,
-                "split_resolutions": [[ARIA_SIDE * h, ARIA_SIDE * w] for h, w in ((1, 2), (2, 2), (2, 1))],
-                "resample": bicubic,
-            },
-            "size_conversion": {str(side): queries for side, queries in ARIA_QUERIES.items()},
-        }
-    if family == "fuyu":
-        return {
-            "processor_class": "FuyuProcessor",
-            "image_processor": {
-                **PIXELS,
-                "image_processor_type": "FuyuImageProcessor",
-                "image_mean": 0.5,
-                "image_std": 0.5,
-                "size": {"height": FUYU_SIZE, "width": FUYU_SIZE},
-                "patch_size": {"height": PATCH, "width": PATCH},
-                "do_pad": True,
-                "padding_value": 1.0,
-                "padding_mode": "constant",
-                "resample": bilinear,
-            },
-        }
-    raise ValueError(f"no toy for family {family!r}")
+    return PROCESSORS[family]()
+
+
+def _llava_onevision_processor() -> dict[str, Any]:
+    video = {"video_processor_type": "LlavaOnevisionVideoProcessor", "size": SIZE, "resample": BICUBIC}
+    return {
+        "processor_class": "LlavaOnevisionProcessor",
+        "image_processor": {
+            **HALF,
+            "image_processor_type": "LlavaOnevisionImageProcessor",
+            "size": SIZE,
+            "image_grid_pinpoints": PINPOINTS,
+            "resample": BICUBIC,
+            "do_pad": True,
+        },
+        "video_processor": {**HALF, **video},
+        "num_image_tokens": (TILE // PATCH) ** 2,
+        "vision_feature_select_strategy": "full",
+        "vision_aspect_ratio": "anyres_max_9",
+        "image_token": "<image>",
+        "video_token": "<video>",
+    }
+
+
+def _aya_vision_processor() -> dict[str, Any]:
+    return {
+        "processor_class": "AyaVisionProcessor",
+        "image_processor": {
+            **HALF,
+            "image_processor_type": "GotOcr2ImageProcessor",
+            "size": SIZE,
+            "crop_to_patches": True,
+            "min_patches": 1,
+            "max_patches": 2,
+            "resample": BICUBIC,
+        },
+        "patch_size": PATCH,
+        "img_size": TILE,
+        "downsample_factor": 2,
+    }
+
+
+def _aria_processor() -> dict[str, Any]:
+    return {
+        "processor_class": "AriaProcessor",
+        "image_processor": {
+            **HALF,
+            "image_processor_type": "AriaImageProcessor",
+            "max_image_size": ARIA_SIDE,
+            "min_image_size": 64,
+            "split_image": False,
+            "split_resolutions": [[ARIA_SIDE * h, ARIA_SIDE * w] for h, w in ((1, 2), (2, 2), (2, 1))],
+            "resample": BICUBIC,
+        },
+        "size_conversion": {str(side): queries for side, queries in ARIA_QUERIES.items()},
+    }
+
+
+def _fuyu_processor() -> dict[str, Any]:
+    return {
+        "processor_class": "FuyuProcessor",
+        "image_processor": {
+            **PIXELS,
+            "image_processor_type": "FuyuImageProcessor",
+            "image_mean": 0.5,
+            "image_std": 0.5,
+            "size": {"height": FUYU_SIZE, "width": FUYU_SIZE},
+            "patch_size": {"height": PATCH, "width": PATCH},
+            "do_pad": True,
+            "padding_value": 1.0,
+            "padding_mode": "constant",
+            "resample": BILINEAR,
+        },
+    }
+
+
+PROCESSORS = {
+    "llava_onevision": _llava_onevision_processor,
+    "aya_vision": _aya_vision_processor,
+    "aria": _aria_processor,
+    "fuyu": _fuyu_processor,
+}

@@ -74,40 +74,43 @@ def words(languages: tuple[str, ...]) -> list[str]:
 
 def build_tokenizer(family: str) -> PreTrainedTokenizerFast:
     """The toy tokenizer of a family (a config's model_type)."""
-    vocabulary = words(LANGUAGES[family])
-    if family == "llava_onevision":
-        special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"]
-        core = _word_level([*special, "<unk>", "user", "assistant", "system", *vocabulary])
-        return _fast(core, special, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    if family == "aria":
-        special = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|img|>"]
-        special += ["<fim_prefix>", "<fim_suffix>"]
-        core = _word_level([*special, "user", "assistant", "system", *vocabulary])
-        return _fast(
-            core, special, bos_token="<s>", eos_token="<|im_end|>", pad_token="<unk>", image_token="<|img|>"
-        )
-    if family == "aya_vision":
-        turns = ["START_OF_TURN_TOKEN", "END_OF_TURN_TOKEN", "USER_TOKEN", "CHATBOT_TOKEN", "SYSTEM_TOKEN"]
-        answer = ["START_RESPONSE", "END_RESPONSE"]
-        image = ["START_OF_IMG", "END_OF_IMG", "IMG_PATCH", "IMG_LINE_BREAK"]
-        tiles = ["TILE_GLOBAL", *(f"TILE_{index}" for index in range(1, 13))]
-        named = [f"<|{name}|>" for name in [*turns, *answer, *image]]
-        special = ["<PAD>", "<UNK>", "<BOS_TOKEN>", *named, "<image>", *tiles]
-        core = _word_level([*special, *vocabulary], unk="<UNK>")
-        core.post_processor = processors.TemplateProcessing(
-            single="<BOS_TOKEN> $A", special_tokens=[("<BOS_TOKEN>", special.index("<BOS_TOKEN>"))]
-        )
-        return _fast(
-            core,
-            special,
-            bos_token="<BOS_TOKEN>",
-            eos_token="<|END_OF_TURN_TOKEN|>",
-            pad_token="<PAD>",
-            unk_token="<UNK>",
-        )
-    if family == "fuyu":
-        return _fuyu_tokenizer(vocabulary)
-    raise ValueError(f"no toy for family {family!r}; there are {', '.join(LANGUAGES)}")
+    return TOKENIZERS[family](words(LANGUAGES[family]))
+
+
+def _llava_onevision_tokenizer(vocabulary: list[str]) -> PreTrainedTokenizerFast:
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"]
+    core = _word_level([*special, "<unk>", "user", "assistant", "system", *vocabulary])
+    return _fast(core, special, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+
+
+def _aria_tokenizer(vocabulary: list[str]) -> PreTrainedTokenizerFast:
+    special = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|img|>"]
+    special += ["<fim_prefix>", "<fim_suffix>"]
+    core = _word_level([*special, "user", "assistant", "system", *vocabulary])
+    return _fast(
+        core, special, bos_token="<s>", eos_token="<|im_end|>", pad_token="<unk>", image_token="<|img|>"
+    )
+
+
+def _aya_vision_tokenizer(vocabulary: list[str]) -> PreTrainedTokenizerFast:
+    turns = ["START_OF_TURN_TOKEN", "END_OF_TURN_TOKEN", "USER_TOKEN", "CHATBOT_TOKEN", "SYSTEM_TOKEN"]
+    answer = ["START_RESPONSE", "END_RESPONSE"]
+    image = ["START_OF_IMG", "END_OF_IMG", "IMG_PATCH", "IMG_LINE_BREAK"]
+    tiles = ["TILE_GLOBAL", *(f"TILE_{index}" for index in range(1, 13))]
+    named = [f"<|{name}|>" for name in [*turns, *answer, *image]]
+    special = ["<PAD>", "<UNK>", "<BOS_TOKEN>", *named, "<image>", *tiles]
+    core = _word_level([*special, *vocabulary], unk="<UNK>")
+    core.post_processor = processors.TemplateProcessing(
+        single="<BOS_TOKEN> $A", special_tokens=[("<BOS_TOKEN>", special.index("<BOS_TOKEN>"))]
+    )
+    return _fast(
+        core,
+        special,
+        bos_token="<BOS_TOKEN>",
+        eos_token="<|END_OF_TURN_TOKEN|>",
+        pad_token="<PAD>",
+        unk_token="<UNK>",
+    )
 
 
 def _fuyu_tokenizer(vocabulary: list[str]) -> PreTrainedTokenizerFast:
@@ -154,3 +157,11 @@ def _fast(
         model_max_length=MAX_POSITIONS,
         **optional,
     )
+
+
+TOKENIZERS = {
+    "llava_onevision": _llava_onevision_tokenizer,
+    "aria": _aria_tokenizer,
+    "aya_vision": _aya_vision_tokenizer,
+    "fuyu": _fuyu_tokenizer,
+}

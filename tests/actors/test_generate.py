@@ -12,12 +12,12 @@ import torch
 from actors.engine.engine import ContinuousEngine
 from actors.engine.reference import ReferenceEngine
 from actors.errors import RowError
-from actors.families import load_family, load_model
+from actors.families import FAMILIES, load_family, load_model
 from actors.generate import Generate
 from actors.preprocess import Preprocess
 from actors.schema import ERROR, IDENTITY, RESULT_SCHEMA, error_value
 from tests.blocks import generate_config, picture, preprocess_config, source_block
-from tests.checkpoints import FAMILIES, untrained
+from tests.checkpoints import untrained
 
 
 def prepared(path: str, images, **columns) -> pa.Table:

@@ -5,12 +5,12 @@ import pyarrow as pa
 import pytest
 import torch
 
-from actors.families import load_family, user_message
+from actors.families import FAMILIES, load_family, user_message
 from actors.images.decode import decode
 from actors.preprocess import Preprocess
 from actors.schema import ERROR, PIXELS, SIZES, TOKEN_IDS, error_value
 from tests.blocks import picture, preprocess_config, source_block
-from tests.checkpoints import FAMILIES, untrained
+from tests.checkpoints import untrained
 
 
 @pytest.mark.parametrize("name", FAMILIES)

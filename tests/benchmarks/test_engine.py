@@ -13,8 +13,9 @@ import torch
 from actors.engine.devices.kv_cache import KVShape
 from actors.engine.engine import ContinuousEngine
 from actors.engine.scheduler import Chunk
+from actors.families import FAMILIES
 from benchmarks import engine, engine_roofline, engine_soak
-from benchmarks.engine_models import FAMILIES, build
+from benchmarks.engine_models import build
 from benchmarks.engine_workloads import rows
 
 

@@ -24,8 +24,6 @@ from examples.toy.checkpoint import write_untrained
 _GAIN = 2.0
 _FRAME = (36, 50)
 
-FAMILIES = ("llava_onevision", "aya_vision", "aria", "fuyu")
-
 
 @dataclass(frozen=True)
 class Row:

@@ -10,7 +10,8 @@ import torch
 from actors.engine import Sampling
 from actors.engine.engine import ContinuousEngine
 from actors.engine.reference import ReferenceEngine
-from tests.actors.engine.subjects import FAMILIES, Row, subject
+from actors.families import FAMILIES
+from tests.actors.engine.subjects import Row, subject
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

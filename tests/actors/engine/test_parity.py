@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from actors.engine import Completion, Sampling
 from actors.engine.engine import ContinuousEngine
 from actors.engine.scheduler import Limits
-from tests.actors.engine.subjects import FAMILIES, Row, subject
+from actors.families import FAMILIES
+from tests.actors.engine.subjects import Row, subject
 
 SLOTS = (1, 3, 16)
 SMALL = Limits(sequences=16, prefill_tokens=2048, visual_tokens=400)

@@ -19,7 +19,8 @@ from actors.engine import Request, Sampling
 from actors.engine.checkpoint_rules import CheckpointRules
 from actors.engine.sampling import draw, sample, uniform_at
 from actors.engine.scheduler import SequenceState
-from tests.actors.engine.subjects import FAMILIES, Row, subject
+from actors.families import FAMILIES
+from tests.actors.engine.subjects import Row, subject
 from tests.actors.engine.test_parity import engine, run
 
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from actors.engine import Sampling
 from actors.engine.stopping import Stopper
-from tests.actors.engine.subjects import FAMILIES, Row, subject
+from actors.families import FAMILIES
+from tests.actors.engine.subjects import Row, subject
 from tests.actors.engine.test_parity import engine, run
 
 

@@ -12,9 +12,8 @@ from actors.engine import Request, Sampling
 from actors.engine.engine import ContinuousEngine
 from actors.engine.reference import ReferenceEngine
 from actors.engine.scheduler import Limits
-from actors.families import Family, load_family, load_model, user_message
+from actors.families import FAMILIES, Family, load_family, load_model, user_message
 from examples.toy.scenes import PROMPTS, caption, draw, random_scene
-from tests.actors.engine.subjects import FAMILIES
 
 CHECKPOINTS = Path(__file__).parents[3] / "examples" / "toy" / "checkpoints"
 SCENES = range(900_000, 900_024)  # none that a checkpoint was trained on

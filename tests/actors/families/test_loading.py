@@ -12,6 +12,7 @@ import torch
 from transformers import AutoProcessor
 
 from actors.families import (
+    FAMILIES,
     CheckpointError,
     HubError,
     PromptError,
@@ -20,12 +21,12 @@ from actors.families import (
     text_message,
     user_message,
 )
-from tests import checkpoints
 from tests.actors.families import small
 from tests.actors.families.conftest import Subject
 from tests.actors.families.oracle import assert_equals_stock, lay_out, noise, write_checkpoint
+from tests.checkpoints import untrained
 
-FAMILIES = [small.llava_onevision, small.aya_vision]
+TILED = [small.llava_onevision, small.aya_vision]
 
 
 def edit(path: Path, **changes: object) -> None:
@@ -35,7 +36,7 @@ def edit(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(value))
 
 
-@pytest.mark.parametrize("build", FAMILIES)
+@pytest.mark.parametrize("build", TILED)
 def test_both_layouts_load_equal(build: Callable[[], small.Parts], tmp_path: Path) -> None:
     _, config, processor = build()
     messages = [text_message("system", "Be brief."), user_message("What?", images=1)]
@@ -47,7 +48,7 @@ def test_both_layouts_load_equal(build: Callable[[], small.Parts], tmp_path: Pat
     assert "preprocessor_config.json" in files and "chat_template.jinja" not in files
 
 
-@pytest.mark.parametrize("build", FAMILIES)
+@pytest.mark.parametrize("build", TILED)
 def test_omitted_fields_take_the_stock_defaults(build: Callable[[], small.Parts], tmp_path: Path) -> None:
     """The oldest layout: no processor config, and an image processor config of little more than its type."""
     _, config, processor = build()
@@ -181,7 +182,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n"
 def test_a_damaged_file_is_named_in_one_sentence(
     file: str, content: str | None, reason: str, tmp_path: Path
 ) -> None:
-    path = shutil.copytree(checkpoints.untrained("llava_onevision"), tmp_path / "damaged")
+    path = shutil.copytree(untrained("llava_onevision"), tmp_path / "damaged")
     (path / file).unlink()
     if content is not None:
         (path / file).write_text(content)
@@ -191,10 +192,10 @@ def test_a_damaged_file_is_named_in_one_sentence(
 
 
 def test_a_template_that_wants_other_messages_is_no_fault(tmp_path: Path) -> None:
-    path = shutil.copytree(checkpoints.untrained("llava_onevision"), tmp_path / "picky")
+    path = shutil.copytree(untrained("llava_onevision"), tmp_path / "picky")
     (path / "chat_template.jinja").write_text("{{ raise_exception('an image first') }}")
     load_family(str(path)).check_chat()
-    load_family(checkpoints.untrained("fuyu")).check_chat()  # which has none
+    load_family(untrained("fuyu")).check_chat()  # which has none
 
 
 def test_a_silent_hub_is_not_taken_for_a_missing_file(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +232,7 @@ def test_user_text_never_becomes_an_image(llava_onevision: Subject) -> None:
         family.chat_template = template
 
 
-@pytest.mark.parametrize("build", FAMILIES)
+@pytest.mark.parametrize("build", TILED)
 def test_load_model_round_trip(build: Callable[[], small.Parts], tmp_path: Path) -> None:
     model_class, config, processor = build()
     path = write_checkpoint(tmp_path, config, processor)
@@ -257,7 +258,7 @@ def test_loading_is_light() -> None:
 import sys
 import actors.generate, actors.preprocess
 from actors.families import load_family, user_message
-for path in {[checkpoints.untrained(name) for name in checkpoints.FAMILIES]!r}:
+for path in {[untrained(name) for name in FAMILIES]!r}:
     family = load_family(path)
     family.prompt([user_message("describe", images=1)], family.layout([(30, 40)]))
 heavy = ("ray", "torchvision", "transformers.modeling_utils")

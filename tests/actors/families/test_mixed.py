@@ -6,11 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.families import Family, ImageLayout, Message, PromptError, text_message, user_message
+from actors.families import FAMILIES, Family, ImageLayout, Message, PromptError, text_message, user_message
 from tests.actors.families.conftest import Subject
 from tests.actors.families.oracle import lay_out, noise
-
-FAMILIES = ["aria", "aya_vision", "fuyu", "llava_onevision"]
 
 
 @dataclass(frozen=True)

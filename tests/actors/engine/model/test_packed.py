@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from actors.engine.engine import ContinuousEngine
 from actors.engine.model.packed import Pass, packed_forward, use_packed_attention
-from actors.families import CheckpointError
-from tests.actors.engine.subjects import FAMILIES, subject
+from actors.families import FAMILIES, CheckpointError
+from tests.actors.engine.subjects import subject
 
 
 class Blind:

@@ -15,7 +15,7 @@ from actors.engine.devices.base import window_mask
 from actors.engine.devices.cpu import kernels as cpu_kernels
 from actors.engine.devices.cpu.cache import CpuCache
 from actors.engine.devices.cpu.kernels import ExpertsKernel, attention_kernel
-from tests.actors.engine.subjects import FAMILIES
+from actors.families import FAMILIES
 from tests.actors.engine.test_parity import assert_equal, engine, pool, run
 
 

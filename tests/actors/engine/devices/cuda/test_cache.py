@@ -21,7 +21,8 @@ from actors.engine.devices.kv_cache import KVShape
 from actors.engine.engine import ContinuousEngine
 from actors.engine.failures import device_is_lost
 from actors.engine.scheduler import Limits
-from tests.actors.engine.subjects import FAMILIES, Row, subject
+from actors.families import FAMILIES
+from tests.actors.engine.subjects import Row, subject
 from tests.actors.engine.test_parity import assert_equal, pool, run
 
 LIMITS = Limits(sequences=6, prefill_tokens=300, visual_tokens=4000)
