@@ -6,10 +6,11 @@
                   through pools of CPU and GPU actors                        v
                                                                         data/<shard>.parquet
 
-What is done stands in the output's files and nowhere else. The driver lists them (`Ledger.plan`) to show progress, to
-seal shards whose last row has arrived and to delete the parts they were made of (run/sealing.py). So killing the
-driver, an actor or the whole cluster loses only the blocks in flight, and the same command again does only what is
-missing.
+What is done stands in the output's files and nowhere else. The driver reads their footers when it begins
+(`Ledger.plan`). From then on the record of each new part comes back to it with the rows (ledger/journal.py): it shows
+progress and seals shards whose last row has arrived (run/sealing.py). When the pipeline is over it reads the footers
+again. So killing the driver, an actor or the whole cluster loses only the blocks in flight, and the same command again
+does only what is missing.
 """
 
 from __future__ import annotations
@@ -28,15 +29,18 @@ from pipeline.input.rows import RowSet
 from pipeline.input.shards import Input, Shard, discover
 from pipeline.ledger.damage import failed_shards
 from pipeline.ledger.entries import RowStats
+from pipeline.ledger.journal import Journal
 from pipeline.ledger.ledger import JOURNAL, RETRY, Ledger
 from pipeline.ledger.overlap import refuse_other_dataset, refuse_overlap
 from pipeline.ledger.retry import failed_rows, merge_retried
-from pipeline.ledger.state import Plan, Verification
+from pipeline.ledger.state import Plan, Published, Standing, Verification
 from pipeline.run.checkpoint import check_checkpoint, check_model_path
 from pipeline.run.outcome import JobError, Outcome
 from pipeline.run.progress import Display, Progress
+from pipeline.run.sealing import Sealing, seal
 from pipeline.run.session import Session, open_session
 from pipeline.spec.job_spec import JobSpec
+from pipeline.storage.files import in_parallel
 
 
 def run(spec: JobSpec, show: Display, take_over: bool = False) -> Outcome:
@@ -64,8 +68,7 @@ def run(spec: JobSpec, show: Display, take_over: bool = False) -> Outcome:
         if plan.to_caption:
             job.caption(plan)
         show.phase("sealing")
-        for state in job.plan().to_seal:
-            job.ledger.seal(state.shard, ground.kept, state.parts)
+        job.seal_the_rest()
         merge_retried(job.ledger, ground.shards)
         job.ledger.sweep(ground.shards)
         return job.finish(
@@ -86,7 +89,7 @@ def retry(spec: JobSpec, kinds: Collection[str], show: Display, take_over: bool 
         total = sum(len(rows) for _, rows in failed)
         if total:
             job.ledger.clear_success()
-            job.drive(failed, RETRY, lambda: job.retry_progress(total))
+            job.retry(failed, total)
             show.phase("amending sealed shards")
             merge_retried(job.ledger, ground.shards)
         return job.finish(lambda _: {"captioned": total})
@@ -130,6 +133,7 @@ def _open_job(spec: JobSpec, ground: _Ground, show: Display, take_over: bool) ->
         refuse_other_dataset(
             spec, ground.found, session.ledger
         )  # another run may have begun here since the look
+        session.ledger.learn(ground.ledger)
         yield _Job(spec, ground, session, show)
 
 
@@ -152,41 +156,55 @@ class _Job:
 
     def caption(self, before: Plan) -> None:
         """Runs the pipeline over what remains, and meanwhile shows progress and seals what is complete."""
-        from pipeline.run.graph import RemoteSealing
+        from pipeline.run.graph import remote_sealing
 
-        sealing = RemoteSealing(self.ledger, self.ground.kept)
+        journal = Journal(before)
+        sealing = Sealing(journal, remote_sealing(self.ledger, self.ground.kept))
 
-        def look() -> Progress:
-            now = self.plan()
+        def look(parts: Sequence[Published]) -> Progress:
+            journal.add(parts)
+            sealing.collect()
             if not self.session.draining:
-                sealing.advance(now)
-            return _progress(before, now, self.session.seconds)
+                sealing.advance()
+            return _progress(before.standing, journal.standing, self.session.seconds)
 
         self.drive([(state.shard, state.remaining) for state in before.to_caption], JOURNAL, look)
-        self.session.storage_retries += sealing.retries()
+        sealing.finish()
+        self.session.storage_retries += sealing.storage_retries
 
-    def drive(self, rows: Sequence[tuple[Shard, RowSet]], folder: str, look: Callable[[], Progress]) -> None:
+    def seal_the_rest(self) -> None:
+        """Seals what the files say is complete and no task has sealed: in a resume, or where one failed."""
+        shards = [state.shard for state in self.plan().to_seal]
+        sealed = in_parallel(
+            lambda shard: seal(self.ledger, self.ground.kept, shard), shards, os.cpu_count() or 1
+        )
+        self.session.storage_retries += sum(each.storage_retries for each in sealed)
+
+    def retry(self, rows: Sequence[tuple[Shard, RowSet]], total: int) -> None:
+        """Runs the pipeline over `total` error rows and meanwhile shows progress."""
+        seen: dict[str, RowStats] = {}  # by part: a block that is tried again comes twice
+
+        def look(parts: Sequence[Published]) -> Progress:
+            seen.update((part.path, entry.stats) for part in parts for entry in part.entries.values())
+            stats = RowStats.total(seen.values())
+            return _progress(
+                Standing(total, 0, RowStats()), Standing(total, stats.rows, stats), self.session.seconds
+            )
+
+        self.drive(rows, RETRY, look)
+
+    def drive(
+        self,
+        rows: Sequence[tuple[Shard, RowSet]],
+        folder: str,
+        look: Callable[[Sequence[Published]], Progress],
+    ) -> None:
         """Runs the pipeline over some rows; their captions become parts in `folder`."""
         self.show.phase("starting Ray")  # importing it takes seconds
         from pipeline.input.source import ShardWork
         from pipeline.run.graph import drive
 
         drive(self.spec, self.session, [ShardWork(*each) for each in rows], self.ground.kept, folder, look)
-
-    def retry_progress(self, total: int) -> Progress:
-        stats = RowStats.total(
-            entry.stats for part in self.ledger.retried() for entry in part.entries.values()
-        )
-        return Progress(
-            total=total,
-            done=stats.rows,
-            errors=stats.failed,
-            captioned=stats.rows,
-            generated_tokens=stats.generated_tokens,
-            seconds=self.session.seconds,
-            succeeded=stats.rows - stats.failed,
-            failed=stats.errors,
-        )
 
     def finish(self, figures: Callable[[RowStats], dict[str, Any]]) -> Outcome:
         """Recounts and marks the output. `figures` makes the counts of this run from the statistics of the whole."""
@@ -208,9 +226,9 @@ class _Job:
         return outcome
 
 
-def _progress(before: Plan, now: Plan, seconds: float) -> Progress:
+def _progress(before: Standing, now: Standing, seconds: float) -> Progress:
     """How far a job is, and what this run added since `before`."""
-    good, good_before = (plan.stats.rows - plan.stats.failed for plan in (now, before))
+    good, good_before = (each.stats.rows - each.stats.failed for each in (now, before))
     return Progress(
         total=now.rows,
         done=now.rows_done,

@@ -1,12 +1,12 @@
 """The ledger: which rows are done, told by the data itself.
 
-    <output>/data/<shard>.parquet             sealed: every row of one input shard, in input order
-    <output>/_tessera/spec.json               what captions depend on
-    <output>/_tessera/journal/part-*.parquet  rows done but not sealed
-    <output>/_tessera/retry/part-*.parquet    error rows of sealed shards, done again (retry.py)
-    <output>/_tessera/lease.json              which run may write (lease.py)
-    <output>/_tessera/runs/<run>.json         statistics of each run
-    <output>/_SUCCESS                         how many rows a run verified, and which run
+    <output>/data/<shard>.parquet                     sealed: every row of one input shard, in input order
+    <output>/_tessera/spec.json                       what captions depend on
+    <output>/_tessera/journal/<shard>/part-*.parquet  rows done but not sealed
+    <output>/_tessera/retry/<shard>/part-*.parquet    error rows of sealed shards, done again (retry.py)
+    <output>/_tessera/lease.json                      which run may write (lease.py)
+    <output>/_tessera/runs/<run>.json                 statistics of each run
+    <output>/_SUCCESS                                 how many rows a run verified, and which run
 
 Why: a job is killed at hour 20, a task is retried, two writers race. State kept beside the data then says one
 thing and the data another. Here there is no such state: a file is the record of the rows it holds.
@@ -16,16 +16,18 @@ The laws (each has a test of its name):
    in the footer of the file that holds the rows.
 2. Publishing is idempotent: a part is named after its content, so a retried write replaces itself. Rows that come
    out otherwise when they are done again (an error where there was a caption) stand in another part, and law 3
-   decides between the two.
+   decides between the two. A part holds rows of one shard and lies in that shard's folder of the journal.
 3. Sealing is a function of the rows: however the same rows were partitioned, ordered, repeated or overlapped
    in parts, the sealed bytes are the same. Where parts disagree about a row, a caption beats an error, then
    the part whose name sorts first wins. No size of a shard or a column is too large, as long as a row is not.
 4. Sealing is idempotent: sealing a sealed shard does nothing, so a kill inside costs nothing. A sealed file is
    created, or swapped for the very file it replaces, and never written over blindly.
-5. A part is deleted only after every shard in it is readable as sealed (or was replaced in the input), and soon
-   after that, while the run goes on (run/sealing.py): the journal holds the open shards.
+5. A part is deleted only after its shard is readable as sealed (or was replaced in the input), and soon after that,
+   while the run goes on (run/sealing.py): the journal holds the open shards.
 6. A changed input shard is a new shard: rows of its old version count for nothing.
-7. Planning reads footers only, each of them once; so does the recount that a run ends with.
+7. Planning reads footers only, each of them once, and a run plans when it begins and when its pipeline is over: in
+   between, the records of new parts come back with the rows (journal.py). The recount that it ends with reads footers
+   again.
 8. One output holds one spec's captions: a run whose captions would differ is refused.
 9. `_SUCCESS` is written last, only for a verified output, and while no shard of the input is unreadable; it goes
    before new work starts. A run that lost its lease while it wrote the mark takes it back, and a mark that does
@@ -45,8 +47,10 @@ from hashlib import sha256
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from actors.schema import IDENTITY, RESULT_SCHEMA
+from actors.schema import IDENTITY, RESULT_SCHEMA, SHARD
 from pipeline.input.columns import sealed_schema
 from pipeline.input.rows import RowSet
 from pipeline.input.shards import FailedShard, Shard, output_name
@@ -67,6 +71,10 @@ RETRY = "_tessera/retry"
 RUNS = "_tessera/runs"
 SPEC = "_tessera/spec.json"
 SUCCESS = "_SUCCESS"
+
+_LONGEST_FOLDER = (
+    512  # bytes: keys of object stores have at most 1,024, and a part's is longer than its shard's
+)
 
 
 class LedgerMismatch(ValueError):
@@ -89,23 +97,28 @@ class Ledger:
     def __getstate__(self) -> dict[str, object]:
         return {"storage": self.storage, "fence": self.fence, "_seen": {}}
 
-    def publish(self, table: pa.Table, folder: str = JOURNAL) -> str:
-        """Writes rows as one part, atomically, and returns its path (laws 1 and 2).
+    def publish(self, table: pa.Table, folder: str = JOURNAL) -> tuple[Published, ...]:
+        """Writes rows, those of a shard as one part, each atomically; returns the parts' records (laws 1 and 2).
 
         `table` has the identity columns, the kept ones and the result columns (actors/schema.py), at least
-        one row, and rows of any number of shards.
+        one row, and rows of any number of shards; those of a pipeline's block are of one.
         """
         if not table.num_rows:
             raise ValueError("a part needs at least one row")
+        entries = entries_of(table)
         kept = [name for name in table.column_names if name not in (*IDENTITY, *RESULT_SCHEMA.names)]
         results = table.select(RESULT_SCHEMA.names).cast(RESULT_SCHEMA)
         table = table.select([*IDENTITY, *kept])
         for name in RESULT_SCHEMA.names:
             table = table.append_column(name, results[name])
-        data = to_parquet(table, entries_of(table), statistics=False)
-        path = f"{folder}/{_part_name(data)}"
+        return tuple(self._publish(table, name, entry, folder) for name, entry in entries.items())
+
+    def _publish(self, table: pa.Table, name: str, entry: Entry, folder: str) -> Published:
+        rows = table.filter(pc.equal(table[SHARD], name))
+        data = to_parquet(rows, {name: entry}, statistics=False)
+        path = f"{folder}/{_folder(name)}/{_part_name(data)}"
         self.storage.put_atomic(path, data)
-        return path
+        return Published(path, rows.num_rows, {name: entry})
 
     def scan(self) -> Scan:
         """Every sealed shard and journal part there is now, by their footers (law 7)."""
@@ -121,6 +134,10 @@ class Ledger:
         parts = tuple(file for file in files if file.path.startswith(f"{JOURNAL}/"))
         return Scan({file.path.removeprefix(f"{DATA}/"): file for file in sealed}, parts)
 
+    def learn(self, other: "Ledger") -> None:
+        """Takes over the footers that another ledger of the same output has read."""
+        self._seen = dict(other._seen)
+
     def retried(self) -> list[Published]:
         """The parts of a retry that are not merged into their sealed shards yet, by their footers."""
         listed = [info for info in self.storage.list(RETRY) if info.path.endswith(".parquet")]
@@ -130,30 +147,30 @@ class Ledger:
         """How far the job is, and what there is to do: the one answer for resuming, progress and status."""
         return plan_of(shards, self.scan(), unreadable)
 
-    def seal(self, shard: Shard, kept: pa.Schema, parts: Sequence[str] | None = None) -> RowStats:
+    def seal(self, shard: Shard, kept: pa.Schema) -> RowStats:
         """Merges a shard's parts into its sealed file (laws 3 and 4); returns the statistics of its rows.
 
-        `kept` is the schema of the job's kept columns (`columns.job_schema`). `parts` are the paths of its
-        parts (`ShardState.parts`), or None to look for them. Raises SealError if a row is missing.
+        `kept` is the schema of the job's kept columns (`columns.job_schema`). The parts are those that lie in the
+        shard's folder, whoever knows of them. Raises SealError if a row is missing.
         """
         seal = self.seal_of(shard)
         if seal:
             return seal.stats
-        if parts is None:
-            parts = plan_of([shard], self.scan()).shards[0].parts
         schema = sealed_schema(kept)
 
+        def rows(path: str) -> pa.Table | None:
+            data = self.storage.read(path)
+            return part_rows(path, data, shard, schema) if _holds(data, shard) else None
+
         try:
-            tables = in_parallel(
-                lambda path: part_rows(path, self.storage.read(path), shard, schema), sorted(parts)
-            )
+            read = in_parallel(rows, self._parts_of(shard))
         except FileNotFoundError as error:  # another driver sealed the shard and swept
             seal = self.seal_of(shard)
             if seal:
                 return seal.stats
             raise SealError(f"{shard.name}: a part is gone while its rows are not sealed ({error})") from None
-        data, stats = merged_file(shard, tables, schema)
-        del tables  # gigabytes, maybe, and so is the file
+        data, stats = merged_file(shard, [table for table in read if table is not None], schema)
+        del read  # gigabytes, maybe, and so is the file
         path = f"{DATA}/{output_name(shard.name)}"
         while not self.storage.create_exclusive(path, data):  # a seal is there, or a file of an older version
             with suppress(FileNotFoundError):
@@ -167,6 +184,19 @@ class Ledger:
                     break
         return stats
 
+    def discard(self, shard: Shard) -> None:
+        """Deletes the parts of a shard that is sealed (law 5)."""
+        if self.seal_of(shard):
+            self.storage.delete(self._parts_of(shard))
+
+    def _parts_of(self, shard: Shard) -> list[str]:
+        """What lies in the shard's folder of the journal, sorted."""
+        folder = f"{JOURNAL}/{_folder(shard.name)}"
+        found = (
+            info.path for info in self.storage.list(folder)
+        )  # those of shards below a name like ours as well
+        return [path for path in found if path.rpartition("/")[0] == folder and path.endswith(".parquet")]
+
     def sweep(self, shards: Sequence[Shard]) -> list[str]:
         """Deletes the parts that nothing needs any more (law 5), and returns their paths.
 
@@ -176,6 +206,7 @@ class Ledger:
         self.storage.delete(settled)
         for folder in ("_tessera", DATA):
             self.storage.delete_temporary(folder)
+        self.storage.delete_empty_folders(JOURNAL)
         return list(settled)
 
     def verify(
@@ -314,6 +345,21 @@ class Ledger:
         published = self._look(FileInfo(path, size, ""))
         sealed = {output_name(shard.name): published} if published else {}
         return Scan(sealed, ()).seal_of(shard.name, shard.fingerprint)
+
+
+def _folder(shard_name: str) -> str:
+    """A shard's folder in the journal: its name, or what stands for a very long one."""
+    name = shard_name.encode()
+    return shard_name if len(name) <= _LONGEST_FOLDER else sha256(name).hexdigest()
+
+
+def _holds(data: bytes, shard: Shard) -> bool:
+    """Whether a part is whole and has rows of this version of a shard."""
+    try:
+        entry = decode(pq.read_metadata(pa.BufferReader(data))).get(shard.name)
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):
+        return False
+    return entry is not None and entry.fingerprint == shard.fingerprint
 
 
 def _part_name(data: bytes) -> str:

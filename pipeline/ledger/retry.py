@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from actors.schema import ERROR, ROW
 from pipeline.input.rows import RowSet
 from pipeline.input.shards import Shard, output_name
-from pipeline.ledger.ledger import DATA, Ledger
+from pipeline.ledger.ledger import DATA, RETRY, Ledger
 from pipeline.ledger.merge import part_rows, sealed_file, winning_rows
 from pipeline.storage.files import in_parallel
 
@@ -61,6 +61,7 @@ def merge_retried(ledger: Ledger, shards: Sequence[Shard]) -> list[str]:
             concerned.append((shard, sorted(mine)))
     in_parallel(lambda item: _amend(ledger, *item), concerned)
     ledger.storage.delete([part.path for part in parts])
+    ledger.storage.delete_empty_folders(RETRY)
     return [shard.name for shard, _ in concerned]
 
 

@@ -1,7 +1,8 @@
 """What an output's files say about a job's shards: pure functions from footers to a plan or a verdict.
 
 Why: the driver's progress, its sealing, `tessera status` and `tessera verify` must never disagree. They
-cannot, since all are read off the same `Scan` of the files, and nothing else is remembered anywhere.
+cannot, since how far a shard is follows in one place (`ShardState`) from the records of its files. A `Scan` has them
+from the footers; the driver of a run gets those of new parts with the rows that flow back to it (journal.py).
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -40,7 +41,15 @@ class Scan:
 @dataclass(frozen=True, slots=True)
 class ShardState:
     """How far one shard is. `parts`: journal parts with rows of it; `stats` may count a row twice where parts
-    overlap, until the shard is sealed."""
+    overlap, until the shard is sealed.
+
+    >>> from types import SimpleNamespace
+    >>> state = ShardState.untouched(SimpleNamespace(name="a", rows=8, fingerprint="v1"))
+    >>> entry = Entry("v1", RowSet.of([0, 1, 2, 7]), RowStats(4))
+    >>> state = state.with_parts([("journal/a/part-1", entry), ("journal/a/part-1", entry)])
+    >>> str(state.remaining), state.rows_done, state.stats.rows
+    ('3-6', 4, 4)
+    """
 
     shard: Shard
     sealed: bool
@@ -48,9 +57,39 @@ class ShardState:
     parts: tuple[str, ...]
     stats: RowStats
 
+    @classmethod
+    def untouched(cls, shard: Shard) -> "ShardState":
+        """A shard of which nothing is done."""
+        return cls(shard, False, RowSet.span(shard.rows), (), RowStats())
+
+    def with_parts(self, found: Iterable[tuple[str, Entry]]) -> "ShardState":
+        """The state once these parts are there; of other versions of the shard and known ones, nothing counts."""
+        known = dict.fromkeys(self.parts)
+        new = {
+            path: entry
+            for path, entry in found
+            if path not in known and entry.fingerprint == self.shard.fingerprint
+        }
+        remaining = self.remaining - RowSet.union_of(entry.rows for entry in new.values())
+        stats = RowStats.total((self.stats, *(entry.stats for entry in new.values())))
+        return ShardState(self.shard, False, remaining, (*self.parts, *new), stats)
+
+    def as_sealed(self, stats: RowStats) -> "ShardState":
+        """The state once the shard is sealed, with the statistics of its rows."""
+        return ShardState(self.shard, True, RowSet(), (), stats)
+
     @property
     def rows_done(self) -> int:
         return self.shard.rows - len(self.remaining)
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A job in figures: its rows, how many are done, and the sums over those."""
+
+    rows: int
+    rows_done: int
+    stats: RowStats
 
 
 @dataclass(frozen=True)
@@ -94,6 +133,10 @@ class Plan:
     def stats(self) -> RowStats:
         return RowStats.total(state.stats for state in self.shards)
 
+    @property
+    def standing(self) -> Standing:
+        return Standing(self.rows, self.rows_done, self.stats)
+
 
 def plan_of(shards: Sequence[Shard], scan: Scan, unreadable: Sequence[FailedShard] = ()) -> Plan:
     """The plan for these shards, in their order; `unreadable` ones are the input's all the same."""
@@ -105,18 +148,13 @@ def plan_of(shards: Sequence[Shard], scan: Scan, unreadable: Sequence[FailedShar
     changed: list[str] = []
     for shard in shards:
         found = journaled.get(shard.name, [])
-        parts = [(path, entry) for path, entry in found if entry.fingerprint == shard.fingerprint]
+        older = any(entry.fingerprint != shard.fingerprint for _, entry in found)
         seal = scan.seal_of(shard.name, shard.fingerprint)
         file = scan.sealed.get(output_name(shard.name))
-        if len(parts) < len(found) or (file and file.entries and not seal):
+        if older or (file and file.entries and not seal):
             changed.append(shard.name)
-        if seal:
-            states.append(ShardState(shard, True, RowSet(), (), seal.stats))
-            continue
-        done = RowSet.union_of(entry.rows for _, entry in parts)
-        stats = RowStats.total(entry.stats for _, entry in parts)
-        paths = tuple(path for path, _ in parts)
-        states.append(ShardState(shard, False, done.complement(shard.rows), paths, stats))
+        state = ShardState.untouched(shard)
+        states.append(state.as_sealed(seal.stats) if seal else state.with_parts(found))
     published = (*scan.sealed.values(), *scan.parts)
     return Plan(
         tuple(states),

@@ -12,15 +12,15 @@ Ray Data moves the blocks, scales the actor pools and holds a fast stage back wh
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
-from functools import partial
-from typing import Any
+from queue import Empty, SimpleQueue
 
 import pyarrow as pa
 import ray
 import ray.data
-from ray.data import ActorPoolStrategy
+from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
 from actors.engine import Sampling
 from actors.generate import GenerateConfig
@@ -29,20 +29,25 @@ from pipeline.input.columns import needed_columns
 from pipeline.input.shards import Shard
 from pipeline.input.source import ShardSource, ShardWork
 from pipeline.ledger.ledger import Ledger
+from pipeline.ledger.state import Published
 from pipeline.run import cluster, placement
 from pipeline.run.checkpoint import model_path
 from pipeline.run.crashes import RayAttempts, watch
 from pipeline.run.failing import AllFailed, all_failed
 from pipeline.run.progress import Progress
-from pipeline.run.sealing import Sealing
+from pipeline.run.sealing import Sealed, seal
 from pipeline.run.session import Session
-from pipeline.run.stages import STORAGE_RETRIES, DrainingPreprocess, PublishingGenerate
-from pipeline.spec.job_spec import JobSpec
+from pipeline.run.stages import DrainingPreprocess, PublishingGenerate, Report, reports_in
+from pipeline.spec.job_spec import JobSpec, ResourcesSpec
 from pipeline.storage.lease import Fence
-from pipeline.storage.retrying import RETRIES
 
 BLOCK_ROWS = 32  # rows of a block, hence of a journal part: a kill costs a few of these
 _BLOCKS_AT_ONCE = 4  # that feed one engine: it stays full while the last rows of a block finish
+
+# One read task yields hundreds of rows a second, many times what a replica captions. Each holds a shard open, and the
+# journal has the parts of open shards: so no more are read at once than are needed.
+_REPLICAS_A_READ = 4
+_FEWEST_READS = 8
 
 
 def dataset(
@@ -50,13 +55,18 @@ def dataset(
 ) -> ray.data.Dataset:
     """The lazy Ray Data pipeline over the rows of `work`, whose captions become parts in `folder` of `ledger`.
 
-    Its rows are those of stages.py: one for each part. Ray is initialised.
+    Its rows are those of stages.py: a report of each block. Ray is initialised.
     """
     source = ShardSource(work, spec.input, needed_columns(spec, work[0].shard.schema), kept, fence)
     preprocess, generate = spec.resources.preprocess, spec.resources.generate
     register = watch()
     return (
-        ray.data.read_datasource(source, num_cpus=cluster.IO_TASK_CPUS, override_num_blocks=len(work))
+        ray.data.read_datasource(
+            source,
+            num_cpus=cluster.IO_TASK_CPUS,
+            override_num_blocks=len(work),
+            compute=TaskPoolStrategy(size=reads_at_once(spec.resources)),
+        )
         .repartition(target_num_rows_per_block=BLOCK_ROWS)
         .map_batches(
             DrainingPreprocess,
@@ -91,15 +101,21 @@ def dataset(
     )
 
 
+def reads_at_once(resources: ResourcesSpec) -> int:
+    """How many shards are read at once, at most."""
+    return max(_FEWEST_READS, resources.generate.replicas[1] // _REPLICAS_A_READ)
+
+
 def drive(
     spec: JobSpec,
     session: Session,
     work: Sequence[ShardWork],
     kept: pa.Schema,
     folder: str,
-    look: Callable[[], Progress],
+    look: Callable[[Sequence[Published]], Progress],
 ) -> None:
-    """Runs the pipeline over `work` to its end; its captions become parts in `folder`. `look` is called meanwhile.
+    """Runs the pipeline over `work` to its end; its captions become parts in `folder`. Meanwhile `look` is called about
+    every second with the parts that came since.
 
     Raises ClusterError where the smallest pools cannot be placed, AllFailed when there is no use in going on, and what
     `Session.watch` raises.
@@ -112,57 +128,58 @@ def drive(
     with placement.wait_for_room(spec.resources, session.waiting) as turn:
         _quieten()
         session.show.phase("loading the model")
-        parts = dataset(spec, work, kept, session.ledger, session.lease.fence, folder)
+        blocks = dataset(spec, work, kept, session.ledger, session.lease.fence, folder)
+        inbox: SimpleQueue[Report] = SimpleQueue()
 
         def work_through() -> None:
-            for part in parts.iter_rows():
-                session.storage_retries += int(part[STORAGE_RETRIES])
+            for report in _reports(blocks):
+                inbox.put(report)
 
-        loaded = False
+        loaded, example = False, ""
 
         def look_on() -> Progress:
-            nonlocal loaded
+            nonlocal loaded, example
             turn.release_once_placed(spec.resources)
             loaded = loaded or placement.model_is_loaded()
-            return replace(look(), loaded=loaded)
+            reports = list(_waiting_in(inbox))
+            session.storage_retries += sum(report.storage_retries for report in reports)
+            example = example or next((report.example for report in reports if report.example), "")
+            return replace(look([part for report in reports for part in report.parts]), loaded=loaded)
 
         def lacking() -> str:
             return placement.lacking(spec.resources, placement.standing(), dead_before)
 
         def verdict(progress: Progress) -> AllFailed | None:
-            return all_failed(progress, spec.limits.stop_after_failures, session.ledger, folder)
+            limit, output = spec.limits.stop_after_failures, session.ledger.storage.url
+            return all_failed(progress, limit, example, output, folder)
 
         session.watch(work_through, look_on, lacking, verdict)
 
 
-class RemoteSealing(Sealing):
-    """Seals shards and deletes settled parts in small tasks, somewhere on the cluster."""
+def remote_sealing(ledger: Ledger, kept: pa.Schema) -> Callable[[Shard], Future[Sealed]]:
+    """Seals a shard in a small task, somewhere on the cluster."""
+    task = ray.remote(num_cpus=cluster.IO_TASK_CPUS)(seal)
 
-    def __init__(self, ledger: Ledger, kept: pa.Schema) -> None:
-        task = ray.remote(num_cpus=cluster.IO_TASK_CPUS)
-        super().__init__(partial(task(_seal).remote, ledger, kept), partial(task(_discard).remote, ledger))
+    def start(shard: Shard) -> Future[Sealed]:
+        future: Future[Sealed] = task.remote(ledger, kept, shard).future()
+        return future
 
-    def retries(self) -> int:
-        """How often its tasks tried storage again; waits for them. One that failed counts for nothing: the driver then
-        does what it left, and tells what is wrong."""
-        return sum(map(_result, self.tasks))
+    return start
 
 
-def _seal(ledger: Ledger, kept: pa.Schema, shard: Shard, parts: Sequence[str]) -> int:
-    ledger.seal(shard, kept, parts)
-    return RETRIES.take()
+def _reports(blocks: ray.data.Dataset) -> Iterator[Report]:
+    """Each as soon as it is there: `iter_rows` keeps one back until the next has come."""
+    for bundle in blocks.iter_internal_ref_bundles():
+        for block in ray.get([entry.ref for entry in bundle.blocks]):
+            yield from reports_in(block)
 
 
-def _discard(ledger: Ledger, parts: Sequence[str]) -> int:
-    ledger.storage.delete(parts)
-    return RETRIES.take()
-
-
-def _result(task: Any) -> int:
+def _waiting_in(inbox: SimpleQueue[Report]) -> Iterator[Report]:
     try:
-        return int(ray.get(task))
-    except ray.exceptions.RayError:
-        return 0
+        while True:
+            yield inbox.get_nowait()
+    except Empty:
+        return
 
 
 def _preprocess_config(spec: JobSpec, kept: pa.Schema) -> PreprocessConfig:

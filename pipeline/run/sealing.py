@@ -1,37 +1,66 @@
 """Sealing while a run goes on: a shard whose last row has arrived becomes a file, and its parts are deleted.
 
-Why: every look at the journal lists its parts, and the driver remembers each. Left to the end of a run over 100 million
-rows they are three million files and more than a driver's memory; so the journal is kept to the shards that are open.
+Why: left to the end of a run over 100 million rows, the journal is three million files. Sealed as they become complete,
+it holds the parts of the shards that are open. What is complete follows from the records that came back (journal.py);
+which parts there are, the task that seals a shard sees for itself, in the shard's folder.
 """
 
 from collections.abc import Callable
-from typing import Any
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
 
-from pipeline.ledger.state import Plan
+import pyarrow as pa
 
-BATCH_PARTS = 64  # deleted at a time, at least: an object store takes up to 1,000 keys in one request
+from pipeline.input.shards import Shard
+from pipeline.ledger.entries import RowStats
+from pipeline.ledger.journal import Journal
+from pipeline.ledger.ledger import Ledger
+from pipeline.storage.retrying import RETRIES
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """What a task says of the shard that it sealed: its rows' statistics, and how often storage was tried again."""
+
+    stats: RowStats
+    storage_retries: int = 0
+
+
+def seal(ledger: Ledger, kept: pa.Schema, shard: Shard) -> Sealed:
+    """Seals a shard and deletes its parts."""
+    stats = ledger.seal(shard, kept)
+    ledger.discard(shard)
+    return Sealed(stats, RETRIES.take())
 
 
 class Sealing:
-    """Starts tasks that seal shards and delete parts, as plans come in; each once.
+    """Starts a task for each complete shard of a journal, once, and tells the journal of those that are done.
 
-    `seal(shard, parts)` and `discard(parts)` start a task somewhere and return its handle; `tasks` has them all.
+    `start` begins to `seal` a shard somewhere. A task that fails is not started again: the run's end does what it left.
     """
 
-    def __init__(self, seal: Callable[..., Any], discard: Callable[..., Any]) -> None:
-        self._seal, self._discard = seal, discard
-        self.tasks: list[Any] = []
-        self._begun: set[str] = set()  # shards
-        self._discarded: set[str] = set()  # parts that were still there when last looked at
+    def __init__(self, journal: Journal, start: Callable[[Shard], Future[Sealed]]) -> None:
+        self._journal, self._start = journal, start
+        self._tasks: dict[Shard, Future[Sealed]] = {}
+        self._begun: set[str] = set()
+        self.storage_retries = 0
 
-    def advance(self, plan: Plan) -> None:
-        """Starts what can be done now. A task that fails is not started again: the run's end does what it left."""
-        for state in plan.to_seal:
-            if state.shard.name not in self._begun:
-                self._begun.add(state.shard.name)
-                self.tasks.append(self._seal(state.shard, state.parts))
-        self._discarded &= set(plan.settled)
-        batch = [path for path in plan.settled if path not in self._discarded]
-        if len(batch) >= BATCH_PARTS:
-            self._discarded.update(batch)
-            self.tasks.append(self._discard(batch))
+    def advance(self) -> None:
+        """Starts what can be done now."""
+        for shard in self._journal.to_seal:
+            if shard.name not in self._begun:
+                self._begun.add(shard.name)
+                self._tasks[shard] = self._start(shard)
+
+    def collect(self) -> None:
+        """Takes note of what is done by now."""
+        for shard in [shard for shard, task in self._tasks.items() if task.done()]:
+            task = self._tasks.pop(shard)
+            if not task.cancelled() and task.exception() is None:
+                self._journal.seal(shard, task.result().stats)
+                self.storage_retries += task.result().storage_retries
+
+    def finish(self) -> None:
+        """Waits for what was begun."""
+        wait(self._tasks.values())
+        self.collect()

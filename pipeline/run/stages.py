@@ -2,7 +2,8 @@
 
 Generate publishes its own block. What waits to be written dies with the driver or a node, so it does not
 wait: a kill costs the blocks in the engine, and no queue behind it. The same captions, made again, have the same name
-and replace themselves (ledger.py). While one block is being put, others keep the engine full.
+and replace themselves (ledger.py). While one block is being put, others keep the engine full. What leaves the pipeline
+is no caption but a report of each block, from which the driver knows how far the job is.
 
 Once the run stops, blocks that a stage has not begun are emptied. An empty block costs nothing, so the pipeline runs
 dry by itself.
@@ -11,6 +12,9 @@ dry by itself.
 from __future__ import annotations
 
 import os
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pyarrow as pa
 
@@ -18,13 +22,33 @@ from actors.attempts import Attempts
 from actors.generate import Generate, GenerateConfig
 from actors.preprocess import Preprocess, PreprocessConfig
 from pipeline.ledger.ledger import Ledger
+from pipeline.ledger.state import Published
+from pipeline.run.failing import example_of
 from pipeline.storage.lease import Fence
 from pipeline.storage.retrying import RETRIES
 
-STORAGE_RETRIES = "storage_retries"
-"""What leaves the pipeline: a row for each block, with how often its process tried storage again since the last."""
+_REPORT = "report"  # the one column of what leaves the pipeline, pickled
 
 _NICENESS = 4  # Ray starts its workers at 15, and 19 yields most
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What the driver is told of a block: the parts that hold its rows, one of its error rows in words, and how often
+    its process tried storage again since the last."""
+
+    parts: tuple[Published, ...]
+    example: str
+    storage_retries: int
+
+    def to_block(self) -> pa.Table:
+        return pa.table({_REPORT: pa.array([pickle.dumps(self)], pa.binary())})
+
+
+def reports_in(block: pa.Table) -> Iterator[Report]:
+    """The inverse of `Report.to_block`, of one or several."""
+    for data in block[_REPORT].to_pylist():
+        yield pickle.loads(data)
 
 
 class DrainingPreprocess(Preprocess):
@@ -50,7 +74,8 @@ class PublishingGenerate(Generate):
 
     def __call__(self, block: pa.Table) -> pa.Table:
         captions = super().__call__(block.slice(0, 0) if self._fence.stopping() else block)
+        parts: tuple[Published, ...] = ()
         if captions.num_rows:
             with self._guard.beside():  # a process killed in here must not incriminate another block's row
-                self._ledger.publish(captions, self._folder)
-        return pa.table({STORAGE_RETRIES: [RETRIES.take()]})
+                parts = self._ledger.publish(captions, self._folder)
+        return Report(parts, example_of(captions), RETRIES.take()).to_block()

@@ -160,6 +160,14 @@ class Storage:
             if _is_temporary(info.path) and time.time() - int(info.token) / 1e9 > older_than:
                 self._delete_one(f"{prefix}/{info.path}")
 
+    def delete_empty_folders(self, prefix: str) -> None:
+        """Deletes a folder and those below it where nothing is left in them; object stores keep none. Nobody may be
+        writing there."""
+        if self.local:
+            for folder, _, _ in os.walk(self.full(prefix), topdown=False):
+                with suppress(OSError):  # it is not empty
+                    os.rmdir(folder)
+
     def _with_retries(self, doing: str, path: str, action: Callable[[], Result]) -> Result:
         return with_retries(action, f"{doing} {self.url}/{path}")
 

@@ -48,13 +48,13 @@ def running(arguments: list[str], ray_address: str) -> Iterator[subprocess.Popen
 def until_captioning(out: Path, process: subprocess.Popen[str]) -> None:
     """Waits for the first journal part."""
     deadline = time.monotonic() + 200
-    while not list((out / JOURNAL).glob("part-*")):
+    while not list((out / JOURNAL).glob("*/part-*")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
 
 
 def rows_done(out: Path) -> int:
-    files = [*(out / JOURNAL).glob("part-*"), *out.glob("data/*.parquet")]
+    files = [*(out / JOURNAL).glob("*/part-*"), *out.glob("data/*.parquet")]
     return sum(pq.read_metadata(path).num_rows for path in files)
 
 
@@ -170,7 +170,7 @@ def test_error_rows_are_tried_again_and_nothing_else_is_touched(tmp_path, ray_ad
     assert all(after[n]["caption"] is not None and after[n]["id"] == before[n]["id"] for n in (1, 3))
     assert (out / "data/a.parquet").stat() == untouched
     assert tessera("verify", out).code == 0 and (out / "_SUCCESS").exists()
-    assert not list((out / RETRY).iterdir())
+    assert not (out / RETRY).exists()
 
 
 def test_another_checkpoint_is_refused_and_a_removed_shard_is_reported(folder):
@@ -236,6 +236,6 @@ def test_a_run_stops_when_its_first_rows_all_fail_alike(tmp_path, ray_address):
         done.err
     )
     assert re.search(r"for instance \d{3}\.parquet row 0: .*limits\.stop_after_failures \(now 5\)", said)
-    parts = (tmp_path / "out" / JOURNAL).glob("part-*")
+    parts = (tmp_path / "out" / JOURNAL).glob("*/part-*")
     assert 5 <= sum(pq.read_metadata(path).num_rows for path in parts) < 200
     assert not (tmp_path / "out/_SUCCESS").exists()

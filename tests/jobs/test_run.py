@@ -274,11 +274,11 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
         stderr=subprocess.DEVNULL,
     ) as victim:
         deadline = time.monotonic() + 120
-        while not (journal.is_dir() and list(journal.glob("part-*"))):
+        while not (journal.is_dir() and list(journal.glob("*/part-*"))):
             assert victim.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
         os.killpg(victim.pid, signal.SIGKILL)
-    kept = sum(pq.read_metadata(path).num_rows for path in journal.glob("part-*"))
+    kept = sum(pq.read_metadata(path).num_rows for path in journal.glob("*/part-*"))
     kept += sum(pq.read_metadata(path).num_rows for path in (tmp_path / "out").glob("data/*.parquet"))
     assert 0 < kept < 256
     done = tessera("run", SPEC, *arguments)

@@ -110,6 +110,12 @@ def sealed_bytes(ledger: Ledger) -> dict[str, bytes]:
     return {info.path: ledger.storage.read(info.path) for info in ledger.storage.list(DATA)}
 
 
+def publish(ledger: Ledger, table: pa.Table, folder: str = JOURNAL) -> str:
+    """Publishes rows of one shard, and returns their part's path."""
+    (part,) = ledger.publish(table, folder)
+    return part.path
+
+
 def journal(ledger: Ledger) -> list[str]:
     return [info.path for info in ledger.storage.list(JOURNAL)]
 
@@ -119,5 +125,5 @@ def run_to_the_end(ledger: Ledger, shards: Sequence[Shard], tables: Iterable[pa.
     for table in tables:
         ledger.publish(table)
     for state in ledger.plan(shards).to_seal:
-        ledger.seal(state.shard, KEPT, state.parts)
+        ledger.seal(state.shard, KEPT)
     ledger.sweep(shards)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from pipeline.ledger.ledger import JOURNAL, RETRY, Ledger
-from pipeline.run.failing import all_failed
+from pipeline.ledger.ledger import JOURNAL, RETRY
+from pipeline.run.failing import all_failed, example_of
 from pipeline.run.progress import Progress
 from tests.pipeline.ledgers import captions
 
@@ -25,24 +25,22 @@ def seen(failed: dict[str, int], succeeded: int = 0, total: int = 1000, done: in
         (seen({}), 1),
     ],
 )
-def test_a_run_goes_on(tmp_path, progress, limit):
-    assert all_failed(progress, limit, Ledger(str(tmp_path)), JOURNAL) is None
+def test_a_run_goes_on(progress, limit):
+    assert all_failed(progress, limit, "x.parquet row 0: no", "out", JOURNAL) is None
 
 
-def test_a_run_that_only_fails_ends_with_an_example_and_the_way_on(tmp_path):
-    ledger = Ledger(str(tmp_path))
-    ledger.publish(captions("good.parquet", range(4)))  # of a run before
-    ledger.publish(captions("bad.parquet", range(8, 40), failed=range(40)))
-    error = all_failed(seen({"decode": 224}), 200, ledger, JOURNAL)
+def test_a_run_that_only_fails_ends_with_an_example_and_the_way_on():
+    example = example_of(captions("bad.parquet", range(8, 40), failed=range(9, 40)))
+    assert example == "bad.parquet row 9: cut off"
+    error = all_failed(seen({"decode": 224}), 200, example, "out", JOURNAL)
     assert str(error) == (
-        "the first 224 rows all failed with 'decode', for instance bad.parquet row 8: cut off. They are kept; once "
-        f"the cause is mended, run the job again, and then `tessera retry {ledger.storage.url} --only decode`, or set "
+        "the first 224 rows all failed with 'decode', for instance bad.parquet row 9: cut off. They are kept; once "
+        "the cause is mended, run the job again, and then `tessera retry out --only decode`, or set "
         "limits.stop_after_failures (now 200) to null to go on whatever fails"
     )
+    assert example_of(captions("good.parquet", range(4))) == ""
 
 
-def test_a_retry_is_tried_again_as_a_retry(tmp_path):
-    ledger = Ledger(str(tmp_path))
-    ledger.publish(captions("bad.parquet", range(32), failed=range(32)), RETRY)
-    error = all_failed(seen({"decode": 32}), 32, ledger, RETRY)
-    assert "bad.parquet row 0: cut off" in str(error) and "mended, run `tessera retry" in str(error)
+def test_a_retry_is_tried_again_as_a_retry():
+    error = all_failed(seen({"decode": 32}), 32, "bad.parquet row 0: cut off", "out", RETRY)
+    assert "mended, run `tessera retry" in str(error)

@@ -2,6 +2,8 @@
 
 import io
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import datasets
@@ -15,18 +17,19 @@ from hypothesis import strategies as st
 
 from actors.schema import RESULT_SCHEMA
 from pipeline.input.columns import sealed_schema
-from pipeline.input.rows import RowSet
+from pipeline.input.shards import Shard
 from pipeline.ledger import merge
 from pipeline.ledger.entries import RowStats
+from pipeline.ledger.journal import Journal
 from pipeline.ledger.ledger import Ledger
-from pipeline.ledger.state import Plan, ShardState
-from pipeline.run.sealing import BATCH_PARTS, Sealing
+from pipeline.run.sealing import Sealed, Sealing, seal
 from tests.pipeline.ledgers import (
     KEPT,
     DyingStorage,
     Killed,
     captions,
     journal,
+    publish,
     run_to_the_end,
     sealed_bytes,
     shard,
@@ -90,7 +93,7 @@ def test_law_3_any_partition_order_repeat_and_kill_seals_to_the_same_bytes(
 def test_law_3_a_caption_beats_an_error_then_the_first_part_wins(ledger: Ledger) -> None:
     one = shard("a.parquet", 3)
     paths = {
-        ledger.publish(captions("a.parquet", rows, text=text)): text
+        publish(ledger, captions("a.parquet", rows, text=text)): text
         for rows, text in (([0, 1], "one"), ([1, 2], "two"))
     }
     first, second = (paths[path] for path in sorted(paths))
@@ -140,37 +143,60 @@ def test_law_3_a_column_may_be_larger_than_an_array_of_32_bit_offsets(
     assert file.num_row_groups == 9
 
 
+def at_once(ledger: Ledger) -> Callable[[Shard], Future[Sealed]]:
+    """Seals as a task does, done by the time it is begun."""
+
+    def start(shard: Shard) -> Future[Sealed]:
+        future: Future[Sealed] = Future()
+        future.set_result(seal(ledger, KEPT, shard))
+        return future
+
+    return start
+
+
 def test_law_5_parts_go_while_the_run_goes_on(ledger: Ledger) -> None:
-    """The journal holds the parts of open shards and less than a batch of others, however long the run."""
+    """The journal holds the parts of open shards, however long the run, and the driver knows of it without a look."""
     shards = [shard(f"{number:02}.parquet", 80) for number in range(20)]
-    sealing = Sealing(lambda shard, parts: ledger.seal(shard, KEPT, parts), ledger.storage.delete)
+    told = Journal(ledger.plan(shards))
+    sealing = Sealing(told, at_once(ledger))
     most = 0
     for one in shards:
         for start in range(0, 80, 8):
-            ledger.publish(captions(one.name, range(start, start + 8)))
-        sealing.advance(ledger.plan(shards))
-        most = max(most, len(journal(ledger)))
-    assert most <= 10 + BATCH_PARTS < 200
-    assert len(ledger._seen) <= 20 + most
+            told.add(ledger.publish(captions(one.name, range(start, start + 8), failed=[start])))
+            assert told.parts == len(journal(ledger))
+        most = max(most, told.parts)
+        sealing.advance()
+        sealing.collect()
+        assert told.standing == ledger.plan(shards).standing
+    assert most == 10 and told.parts == 0
     plan = ledger.plan(shards)
-    assert plan.finished and plan.stats.rows == 1600
-    ledger.sweep(shards)
-    assert journal(ledger) == []
+    assert plan.finished and told.standing.stats == plan.stats and told.standing.rows_done == 1600
+    assert ledger.sweep(shards) == journal(ledger) == []
     assert ledger.verify(shards).ok
+    assert not ledger.storage.exists("_tessera/journal")  # no empty folders
 
 
-def test_what_was_begun_is_not_begun_again() -> None:
-    seals: list[str] = []
-    discards: list[list[str]] = []
-    sealing = Sealing(lambda shard, parts: seals.append(shard.name), discards.append)
-    settled = tuple(f"part-{number}" for number in range(BATCH_PARTS))
-    state = ShardState(A, False, RowSet(), ("part-x",), RowStats())
-    few, many = Plan((state,), settled=settled[1:]), Plan((state,), settled=settled)
-    for plan in (few, many, many, Plan(()), many):  # a part that comes back once it is gone is deleted again
-        sealing.advance(plan)
-    assert seals == [A.name]
-    assert discards == [list(settled)] * 2
-    assert len(sealing.tasks) == 3
+def test_a_shard_is_begun_once_and_a_task_that_fails_is_left_to_the_end(ledger: Ledger) -> None:
+    begun: dict[str, Future[Sealed]] = {}
+
+    def start(shard: Shard) -> Future[Sealed]:
+        assert shard.name not in begun
+        return begun.setdefault(shard.name, Future())
+
+    told = Journal(ledger.plan(SHARDS))
+    sealing = Sealing(told, start)
+    told.add(ledger.publish(pa.concat_tables([captions(A.name, range(12)), captions(B.name, range(5))])))
+    for _ in range(2):
+        sealing.advance()
+        sealing.collect()
+    assert set(begun) == {A.name, B.name, EMPTY.name}
+    begun[A.name].set_exception(OSError("the node is gone"))
+    begun[B.name].set_result(Sealed(RowStats(5), storage_retries=2))
+    begun[EMPTY.name].cancel()
+    sealing.finish()
+    sealing.advance()
+    assert {one.name for one in told.to_seal} == {A.name, EMPTY.name}
+    assert (told.standing.rows_done, sealing.storage_retries) == (17, 2)
 
 
 def test_the_output_opens_in_datasets_duckdb_and_pandas(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from tests.pipeline.ledgers import (
     HeldUpStorage,
     captions,
     journal,
+    publish,
     run_to_the_end,
     sealed_bytes,
     shard,
@@ -277,9 +278,9 @@ def test_a_write_in_the_moment_between_check_and_put_is_harmless(storage: Storag
     before = sealed_bytes(ledger)
     late = Ledger(storage)
     late.seal_of = lambda shard: None  # type: ignore[method-assign] # it looked before the other sealed
-    parts = [late.publish(captions(A.name, range(3), text="late"))]
+    parts = [publish(late, captions(A.name, range(3), text="late"))]
     late.__dict__.pop("seal_of")
-    late.seal(A, KEPT, parts)
+    late.seal(A, KEPT)
     assert sealed_bytes(ledger) == before
     assert ledger.sweep([A]) == parts and ledger.verify([A]).ok
 
