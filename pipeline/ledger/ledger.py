@@ -266,13 +266,16 @@ class Ledger:
             if self.fence:
                 self.fence.check()  # a successor that began in between had no mark to take away
         except LeaseLost:
-            if self._mark()[0] == data:
-                replace(self.storage, guard=None).delete([SUCCESS])
+            mark, version = self._mark()
+            if mark == data and version:
+                replace(self.storage, guard=None).delete_if(SUCCESS, version)
             raise
 
     def clear_success(self) -> None:
-        """Takes the mark away: call it before the first new row is published."""
-        self.storage.delete([SUCCESS])
+        """Takes the mark that there is away, and no later one: call it before the first new row is published."""
+        while version := self._mark()[1]:
+            if self.storage.delete_if(SUCCESS, version):
+                return
 
     def succeeded(self, plan: Plan) -> bool:
         """Whether the output is complete and marked so: the mark alone could be one that came late."""
