@@ -77,7 +77,12 @@ def _parser() -> argparse.ArgumentParser:
         )
 
     status = commands.add_parser("status", help="how far a job is, from its files alone")
-    verify = commands.add_parser("verify", help="recount a job: every input row captioned exactly once")
+    verify = commands.add_parser(
+        "verify", help="recount a job: every input row captioned exactly once", description=_verify.__doc__
+    )
+    verify.add_argument(
+        "--deep", action="store_true", help="read every page, and hold each row against what was sealed"
+    )
     report = commands.add_parser("report", help="write a contact sheet of pictures and captions (HTML)")
     status.set_defaults(command=_status)
     verify.set_defaults(command=_verify)
@@ -146,6 +151,8 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    """Recounts a job from the footers of its files: whether each row of each shard, as it is now, is in a sealed file
+    exactly once, and each sealed file as long as it was written. --deep reads every page as well."""
     from pipeline.input.shards import discover
     from pipeline.ledger.ledger import Ledger
     from pipeline.ledger.load_job import load_job
@@ -153,8 +160,10 @@ def _verify(options: argparse.Namespace) -> int:
 
     spec = load_job(options.spec, options.set)
     found = discover(spec.input)
-    verification = Ledger(spec.output.path).verify(found.shards, found.unreadable)
+    verification = Ledger(spec.output.path).verify(found.shards, found.unreadable, deep=options.deep)
     print(verification.describe())
+    if not options.deep:
+        print("  by the files' footers; --deep reads every page")
     if not verification.ok:
         return BROKEN
     if len(found.unreadable) > spec.limits.max_failed_shards:

@@ -33,7 +33,7 @@ The laws (each has a test of its name):
 10. Only the run that holds the lease writes: every attempt of every write begins with a look at it (lease.py says
     what can happen between the look and the write).
 11. A sealed file proves its rows. It is written only from every row of its shard, once and in order, and its footer
-    carries digests of their values, against which `verify` holds what it reads.
+    carries digests of their values, against which a deep `verify` holds what it reads.
 """
 
 import json
@@ -179,16 +179,17 @@ class Ledger:
         return list(settled)
 
     def verify(
-        self, shards: Sequence[Shard], unreadable: Sequence[FailedShard] = (), *, footers_only: bool = False
+        self, shards: Sequence[Shard], unreadable: Sequence[FailedShard] = (), *, deep: bool = False
     ) -> Verification:
-        """Counts rows in against rows out, from the files alone; nothing that was read before is trusted.
+        """Holds the rows of the input against those of the sealed files; nothing that was read before is trusted.
 
-        Reads every sealed row and holds it against the digests in its file's footer (law 11), a row group at a time
-        on each core; or `footers_only`, which a row that was changed behind our back passes.
+        Reads footers: which rows of which shard, in which version, a file was sealed from, and whether the file is as
+        long as its footer says. A page that was changed behind our back passes. `deep` reads every page and holds its
+        rows against the digests in the footer (law 11), a row group at a time on each core.
         """
         self._seen = {}
         scan = self.scan()
-        altered = {} if footers_only else self._altered(shards, scan)
+        altered = self._altered(shards, scan) if deep else {}
         return verification_of(shards, scan, unreadable, altered)
 
     def _altered(self, shards: Sequence[Shard], scan: Scan) -> dict[str, RowSet]:
@@ -303,7 +304,7 @@ class Ledger:
         except NotParquetError as error:
             return Published(info.path, 0, {}, str(error))
         try:
-            return Published(info.path, footer.num_rows, decode(footer))
+            return Published(info.path, footer.num_rows, decode(footer, info.size))
         except (ValueError, KeyError, TypeError) as error:
             return Published(info.path, footer.num_rows, {}, str(error))
 
