@@ -1,5 +1,6 @@
 """Stores that are not quite S3, outputs that are not there or not ours: a warning, or one sentence and an exit code."""
 
+import io
 import json
 import uuid
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ import pytest
 from s3fs import S3FileSystem
 
 from pipeline.ledger.ledger import RUNS, SUCCESS, Ledger
+from pipeline.run.progress import display
 from pipeline.run.session import open_session
 from pipeline.spec.job_spec import parse_spec
 from pipeline.storage import lease as leases
@@ -38,19 +40,10 @@ def output(proxy: Proxy, s3_endpoint: str) -> str:
     return f"s3://{bucket}/out"
 
 
-class Silent:
-    """A display that shows nothing."""
-
-    def phase(self, text: str, more: str = "") -> None:
-        """Shows nothing."""
-
-    def update(self, progress: object) -> None:
-        """Shows nothing."""
-
-
 def session(output: str):
     sections = {"input": {"path": "in"}, "model": {"path": "m"}, "output": {"path": output}}
-    return open_session(parse_spec(sections), False, Silent())
+    with display("job", io.StringIO()) as show:
+        return open_session(parse_spec(sections), False, show)
 
 
 def warnings_of(output: str) -> list[str]:

@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -407,11 +408,9 @@ def test_law_11_damage_is_not_sealed(ledger: Ledger, amending: bool) -> None:
     path = "data/sub/b.parquet" if amending else part
     ledger.storage.put_atomic(path, silently_damaged(ledger.storage.read(path)))
     before = sealed_bytes(ledger)
+    seal = partial(merge_retried, ledger, [B]) if amending else partial(ledger.seal, B, KEPT)
     with pytest.raises(SealError, match=rf"^{path} is damaged \(.*\); delete it and run the job again"):
-        if amending:
-            merge_retried(ledger, [B])
-        else:
-            ledger.seal(B, KEPT)
+        seal()
     assert sealed_bytes(ledger) == before
 
 
