@@ -30,12 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from pipeline.run.failing import AllFailed
     from pipeline.run.stop import Stopped
     from pipeline.spec.job_spec import SpecError
+    from pipeline.storage.files import BadUrl
     from pipeline.storage.lease import LeaseHeld, LeaseLost
     from pipeline.storage.retrying import MissingBucket
 
     try:
         code: int = options.command(options)
-    except (SpecError, LedgerMismatch, MissingBucket) as error:
+    except (SpecError, LedgerMismatch, MissingBucket, BadUrl) as error:
         return _fail(BAD_SPEC, error)
     except (LeaseHeld, LeaseLost) as error:
         return _fail(HELD, error)
@@ -45,7 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(INTERRUPTED if stop.number == signal.SIGINT else STOPPED, stop)
     except KeyboardInterrupt:
         return _fail(INTERRUPTED, "interrupted")
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
+        of_a_file = error.filename and error.strerror
+        return _fail(BROKEN, f"{error.filename}: {error.strerror}" if of_a_file else error)
+    except RuntimeError as error:
         return _fail(BROKEN, error)
     return code
 
@@ -165,7 +169,10 @@ def _verify(options: argparse.Namespace) -> int:
     if not options.deep:
         print("  by the files' footers; --deep reads every page")
     if not verification.ok:
-        return BROKEN
+        return _fail(
+            BROKEN,
+            f"{spec.output.path} is not what its input asks for, as said above; `tessera run` does what is missing",
+        )
     if len(found.unreadable) > spec.limits.max_failed_shards:
         return _fail(TOO_MANY_FAILED, shards_told(found.unreadable))
     return OK

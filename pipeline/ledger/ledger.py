@@ -38,7 +38,7 @@ The laws (each has a test of its name):
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
@@ -51,7 +51,7 @@ from pipeline.input.columns import sealed_schema
 from pipeline.input.rows import RowSet
 from pipeline.input.shards import FailedShard, Shard, output_name
 from pipeline.ledger.entries import Entry, RowStats, decode, entries_of, to_parquet
-from pipeline.ledger.identity import identity_record, mismatch
+from pipeline.ledger.identity import identity_record, mismatch, recorded
 from pipeline.ledger.merge import SealError, altered_rows, merged_file, part_rows
 from pipeline.ledger.state import Plan, Published, Scan, Verification, plan_of, verification_of
 from pipeline.spec.job_spec import JobSpec, SpecError
@@ -214,6 +214,10 @@ class Ledger:
             self._compare(identity_record(spec))
         except MissingBucket as error:
             raise SpecError(f"output.path: {error}") from None
+        except NotADirectoryError:
+            raise SpecError(
+                f"output.path: {self.storage.url} is a file, or lies below one; name a folder"
+            ) from None
 
     def bind(self, spec: JobSpec) -> None:
         """As `check`, and writes spec.json: what captions depend on, and the whole spec of the last run.
@@ -232,7 +236,8 @@ class Ledger:
             before, version = self.storage.read_version(SPEC)
         except FileNotFoundError:
             return None
-        refused = mismatch(self.storage.url, json.loads(before)["fields"], record["fields"])
+        held = recorded(before, f"{self.storage.url}/{SPEC}")
+        refused = mismatch(self.storage.url, held["fields"], record["fields"])
         if refused and any(self.storage.list(folder) for folder in (JOURNAL, DATA)):
             raise LedgerMismatch(refused)
         return version
@@ -252,9 +257,9 @@ class Ledger:
         self.storage.put_atomic(f"{RUNS}/{run}.json", _to_json({"run": run, **stats}))
 
     def runs(self) -> list[dict[str, Any]]:
-        """The recorded statistics of every run, by id."""
+        """The recorded statistics of every run, by id; a damaged record tells nothing."""
         paths = [info.path for info in self.storage.list(RUNS) if info.path.endswith(".json")]
-        return [json.loads(data) for data in in_parallel(self.storage.read, paths)]
+        return [record for data in in_parallel(self.storage.read, paths) for record in _run_record(data)]
 
     def write_success(self, verification: Verification) -> None:
         """Marks the output complete (law 9); leaves no mark of its own where it raises LeaseLost."""
@@ -326,6 +331,13 @@ def _part_name(data: bytes) -> str:
 
 def _counts(stats: RowStats) -> dict[str, Any]:
     return {"rows": stats.rows, "errors": dict(stats.errors)}
+
+
+def _run_record(data: bytes) -> Iterator[dict[str, Any]]:
+    with suppress(ValueError):
+        record = json.loads(data)
+        if isinstance(record, dict) and record.get("run"):
+            yield {"captioned": 0, "seconds": 0.0, "rows_per_s": 0.0, **record}
 
 
 def _to_json(value: object) -> bytes:

@@ -175,7 +175,7 @@ def _told(error: Exception, what: str) -> Exception:
         return PermissionError(f"{what}: storage got no credentials ({error})")
     if isinstance(error, PermissionError):
         return PermissionError(f"{what}: permission denied ({error})")
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
         return StorageError(f"{what}: {error.strerror or error}")
     if "botocore.BotoCoreError" in _names(error):  # no OSError by itself
         return StorageError(f"{what}: {error}")

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from pipeline.storage import local, s3
 from pipeline.storage.files import (
+    BadUrl,
     FileInfo,
     absolute,
     file_info,
@@ -52,7 +53,7 @@ class StoragePathError(ValueError):
 
 @dataclass(frozen=True)
 class Storage:
-    """Files under the root `url`, named by paths relative to it. Small and picklable: no open handles.
+    """Files under the root `url`, named by paths relative to it. Small and picklable: no open handles. Raises BadUrl.
 
     `guard` is called at the start of every attempt to write or delete a file; what it raises ends the operation.
     """
@@ -61,7 +62,10 @@ class Storage:
     guard: Callable[[], None] | None = field(default=None, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "url", absolute(self.url).rstrip("/") or "/")
+        url = absolute(self.url).rstrip("/") or "/"
+        if url.endswith(":"):
+            raise BadUrl(f"{self.url!r} names no folder: write {url}//bucket/folder")
+        object.__setattr__(self, "url", url)
 
     def __getstate__(self) -> dict[str, object]:
         return {"url": self.url, "guard": self.guard}

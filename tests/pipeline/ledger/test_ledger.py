@@ -474,7 +474,10 @@ def test_runs_are_recorded(ledger: Ledger) -> None:
     assert ledger.runs() == []
     ledger.record_run("2026-02", {"rows": 2})
     ledger.record_run("2026-01", {"rows": 1})
-    assert ledger.runs() == [{"run": "2026-01", "rows": 1}, {"run": "2026-02", "rows": 2}]
+    for name, damaged in {"0": b"", "1": b"[]", "2": b"\xff{"}.items():
+        ledger.storage.put_atomic(f"_tessera/runs/{name}.json", damaged)
+    none = {"captioned": 0, "seconds": 0.0, "rows_per_s": 0.0}
+    assert ledger.runs() == [{"run": "2026-01", "rows": 1, **none}, {"run": "2026-02", "rows": 2, **none}]
 
 
 def test_rows_without_identity_are_refused(tmp_path: Path) -> None:
