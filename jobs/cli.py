@@ -30,12 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from pipeline.run.failing import AllFailed
     from pipeline.run.stop import Stopped
     from pipeline.spec.job_spec import SpecError
+    from pipeline.storage.files import BadUrl
     from pipeline.storage.lease import LeaseHeld, LeaseLost
     from pipeline.storage.retrying import MissingBucket
 
     try:
         code: int = options.command(options)
-    except (SpecError, LedgerMismatch, MissingBucket) as error:
+    except (SpecError, LedgerMismatch, MissingBucket, BadUrl) as error:
         return _fail(BAD_SPEC, error)
     except (LeaseHeld, LeaseLost) as error:
         return _fail(HELD, error)
@@ -45,7 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(INTERRUPTED if stop.number == signal.SIGINT else STOPPED, stop)
     except KeyboardInterrupt:
         return _fail(INTERRUPTED, "interrupted")
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
+        of_a_file = error.filename and error.strerror
+        return _fail(BROKEN, f"{error.filename}: {error.strerror}" if of_a_file else error)
+    except RuntimeError as error:
         return _fail(BROKEN, error)
     return code
 
@@ -77,7 +81,12 @@ def _parser() -> argparse.ArgumentParser:
         )
 
     status = commands.add_parser("status", help="how far a job is, from its files alone")
-    verify = commands.add_parser("verify", help="recount a job: every input row captioned exactly once")
+    verify = commands.add_parser(
+        "verify", help="recount a job: every input row captioned exactly once", description=_verify.__doc__
+    )
+    verify.add_argument(
+        "--deep", action="store_true", help="read every page, and hold each row against what was sealed"
+    )
     report = commands.add_parser("report", help="write a contact sheet of pictures and captions (HTML)")
     status.set_defaults(command=_status)
     verify.set_defaults(command=_verify)
@@ -146,6 +155,8 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    """Recounts a job from the footers of its files: whether each row of each shard, as it is now, is in a sealed file
+    exactly once, and each sealed file as long as it was written. --deep reads every page as well."""
     from pipeline.input.shards import discover
     from pipeline.ledger.ledger import Ledger
     from pipeline.ledger.load_job import load_job
@@ -153,10 +164,15 @@ def _verify(options: argparse.Namespace) -> int:
 
     spec = load_job(options.spec, options.set)
     found = discover(spec.input)
-    verification = Ledger(spec.output.path).verify(found.shards, found.unreadable)
+    verification = Ledger(spec.output.path).verify(found.shards, found.unreadable, deep=options.deep)
     print(verification.describe())
+    if not options.deep:
+        print("  by the files' footers; --deep reads every page")
     if not verification.ok:
-        return BROKEN
+        return _fail(
+            BROKEN,
+            f"{spec.output.path} is not what its input asks for, as said above; `tessera run` does what is missing",
+        )
     if len(found.unreadable) > spec.limits.max_failed_shards:
         return _fail(TOO_MANY_FAILED, shards_told(found.unreadable))
     return OK

@@ -244,7 +244,7 @@ def _progress(before: Standing, now: Standing, seconds: float) -> Progress:
 def _verified(ledger: Ledger, found: Input, show: Display) -> Verification:
     """The recount of an output that should be complete, by its footers; JobError if it is not."""
     show.phase("verifying")
-    verification = ledger.verify(found.shards, found.unreadable, footers_only=True)
+    verification = ledger.verify(found.shards, found.unreadable)
     if not verification.ok:
         raise JobError(f"the output at {ledger.storage.url} is {verification.describe()}")
     return verification

@@ -3,10 +3,14 @@
 Why: nothing beside the data may say that a row is done. So each journal part and each sealed shard carries
 its own record in its parquet footer, under the key `tessera`, as JSON:
 
-    {"format": 2, "shards": {"a.parquet": {"fingerprint": "0f..", "rows": [[0, 64]], "stats": {..}, "digests": [..]}}}
+    {"format": 3, "digest": "5a..", "shards":
+        {"a.parquet": {"fingerprint": "0f..", "rows": [[0, 64]], "stats": {..}, "digests": [..]}}}
 
 Statistics stand per shard, so that a part that spans a sealed and an open shard is never counted twice. A sealed
 file has digests of its rows too (digest.py), for verification.
+
+Parquet has checksums for pages (which are written, so that every reader can check them) and none for a footer. So the
+record carries a digest of itself, and a file counts only if its pages and its footer fill it to the byte.
 """
 
 import io
@@ -14,6 +18,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from typing import BinaryIO
 
 import pyarrow as pa
@@ -24,7 +29,8 @@ from actors.schema import ERROR, FINGERPRINT, ROW, SHARD
 from pipeline.input.rows import RowSet
 
 KEY = "tessera"
-FORMAT = 2
+FORMAT = 3
+_ENDS = 12  # bytes of a parquet file beside pages and footer: its marks, and the footer's length
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,17 +109,27 @@ def encode(entries: Mapping[str, Entry]) -> str:
         }
         for name, entry in entries.items()
     }
-    return json.dumps({"format": FORMAT, "shards": shards}, sort_keys=True, separators=(",", ":"))
+    return _json({"format": FORMAT, "digest": _digest(shards), "shards": shards})
 
 
-def decode(footer: pq.FileMetaData) -> dict[str, Entry]:
-    """The entries a parquet footer holds; ValueError if it is not one of Tessera's, or of a later format."""
+def decode(footer: pq.FileMetaData, size: int) -> dict[str, Entry]:
+    """The entries that the footer of a file of `size` bytes holds; ValueError if it is not one of Tessera's, of another
+    format, or damaged."""
     text = (footer.metadata or {}).get(KEY.encode())
     if text is None:
         raise ValueError("was not written by Tessera")
     record = json.loads(text)
     if record["format"] != FORMAT:
         raise ValueError(f"has format {record['format']}, and this Tessera reads format {FORMAT}")
+    if record["digest"] != _digest(record["shards"]):
+        raise ValueError("has a damaged footer: what it says of its rows is not what was written")
+    groups = [footer.row_group(index) for index in range(footer.num_row_groups)]
+    pages = sum(
+        group.column(index).total_compressed_size for group in groups for index in range(group.num_columns)
+    )
+    whole = pages + footer.serialized_size + _ENDS
+    if size != whole:
+        raise ValueError(f"is damaged: it has {size:,} bytes, and its pages and its footer {whole:,}")
     return {
         name: Entry(
             item["fingerprint"],
@@ -138,9 +154,19 @@ def to_parquet(table: pa.Table, entries: Mapping[str, Entry], statistics: bool) 
 
 def parquet_writer(file: BinaryIO, schema: pa.Schema, statistics: bool) -> pq.ParquetWriter:
     """How every parquet file of an output is encoded."""
-    return pq.ParquetWriter(file, schema, compression="zstd", write_statistics=statistics)
+    return pq.ParquetWriter(
+        file, schema, compression="zstd", write_statistics=statistics, write_page_checksum=True
+    )
 
 
 def write_entries(writer: pq.ParquetWriter, entries: Mapping[str, Entry]) -> None:
     """Puts the entries into the footer of a file that is being written."""
     writer.add_key_value_metadata({KEY: encode(entries)})
+
+
+def _digest(shards: object) -> str:
+    return sha256(_json(shards).encode()).hexdigest()[:16]
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from actors.version import CAPTIONS
 from pipeline.ledger.entries import FORMAT
-from pipeline.spec.job_spec import JobSpec
+from pipeline.spec.job_spec import JobSpec, SpecError
 from pipeline.storage.files import absolute
 
 _READ_BY_MODELS = {".json", ".jinja", ".txt", ".model", ".py", ".safetensors", ".bin", ".pt", ".pth"}
@@ -44,6 +44,21 @@ def identity_record(spec: JobSpec) -> dict[str, Any]:
     if os.path.isdir(spec.model.path):
         whole["model"]["path"] = absolute(spec.model.path)
     return {"fingerprint": hashlib.sha256(text.encode()).hexdigest()[:16], "fields": fields, "spec": whole}
+
+
+def recorded(data: bytes, source: str) -> dict[str, Any]:
+    """What a spec.json holds, as `identity_record` made it; SpecError if it is damaged."""
+    try:
+        record: dict[str, Any] = json.loads(data)
+        sections = [record["spec"][name] for name in ("input", "model", "output")]
+        if isinstance(record["fields"], dict) and all("path" in section for section in map(dict, sections)):
+            return record
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise SpecError(
+        f"{source} is damaged, so that nobody can tell which job this output is of: put it back from a copy, or set "
+        "output.path to a new folder"
+    )
 
 
 def mismatch(url: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

@@ -35,12 +35,12 @@ The laws (each has a test of its name):
 10. Only the run that holds the lease writes: every attempt of every write begins with a look at it (lease.py says
     what can happen between the look and the write).
 11. A sealed file proves its rows. It is written only from every row of its shard, once and in order, and its footer
-    carries digests of their values, against which `verify` holds what it reads.
+    carries digests of their values, against which a deep `verify` holds what it reads.
 """
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
@@ -55,7 +55,7 @@ from pipeline.input.columns import sealed_schema
 from pipeline.input.rows import RowSet
 from pipeline.input.shards import FailedShard, Shard, output_name
 from pipeline.ledger.entries import Entry, RowStats, decode, entries_of, to_parquet
-from pipeline.ledger.identity import identity_record, mismatch
+from pipeline.ledger.identity import identity_record, mismatch, recorded
 from pipeline.ledger.merge import SealError, altered_rows, merged_file, part_rows
 from pipeline.ledger.state import Plan, Published, Scan, Verification, plan_of, verification_of
 from pipeline.spec.job_spec import JobSpec, SpecError
@@ -210,16 +210,17 @@ class Ledger:
         return list(settled)
 
     def verify(
-        self, shards: Sequence[Shard], unreadable: Sequence[FailedShard] = (), *, footers_only: bool = False
+        self, shards: Sequence[Shard], unreadable: Sequence[FailedShard] = (), *, deep: bool = False
     ) -> Verification:
-        """Counts rows in against rows out, from the files alone; nothing that was read before is trusted.
+        """Holds the rows of the input against those of the sealed files; nothing that was read before is trusted.
 
-        Reads every sealed row and holds it against the digests in its file's footer (law 11), a row group at a time
-        on each core; or `footers_only`, which a row that was changed behind our back passes.
+        Reads footers: which rows of which shard, in which version, a file was sealed from, and whether the file is as
+        long as its footer says. A page that was changed behind our back passes. `deep` reads every page and holds its
+        rows against the digests in the footer (law 11), a row group at a time on each core.
         """
         self._seen = {}
         scan = self.scan()
-        altered = {} if footers_only else self._altered(shards, scan)
+        altered = self._altered(shards, scan) if deep else {}
         return verification_of(shards, scan, unreadable, altered)
 
     def _altered(self, shards: Sequence[Shard], scan: Scan) -> dict[str, RowSet]:
@@ -244,6 +245,10 @@ class Ledger:
             self._compare(identity_record(spec))
         except MissingBucket as error:
             raise SpecError(f"output.path: {error}") from None
+        except NotADirectoryError:
+            raise SpecError(
+                f"output.path: {self.storage.url} is a file, or lies below one; name a folder"
+            ) from None
 
     def bind(self, spec: JobSpec) -> None:
         """As `check`, and writes spec.json: what captions depend on, and the whole spec of the last run.
@@ -262,7 +267,8 @@ class Ledger:
             before, version = self.storage.read_version(SPEC)
         except FileNotFoundError:
             return None
-        refused = mismatch(self.storage.url, json.loads(before)["fields"], record["fields"])
+        held = recorded(before, f"{self.storage.url}/{SPEC}")
+        refused = mismatch(self.storage.url, held["fields"], record["fields"])
         if refused and any(self.storage.list(folder) for folder in (JOURNAL, DATA)):
             raise LedgerMismatch(refused)
         return version
@@ -282,9 +288,9 @@ class Ledger:
         self.storage.put_atomic(f"{RUNS}/{run}.json", _to_json({"run": run, **stats}))
 
     def runs(self) -> list[dict[str, Any]]:
-        """The recorded statistics of every run, by id."""
+        """The recorded statistics of every run, by id; a damaged record tells nothing."""
         paths = [info.path for info in self.storage.list(RUNS) if info.path.endswith(".json")]
-        return [json.loads(data) for data in in_parallel(self.storage.read, paths)]
+        return [record for data in in_parallel(self.storage.read, paths) for record in _run_record(data)]
 
     def write_success(self, verification: Verification) -> None:
         """Marks the output complete (law 9); leaves no mark of its own where it raises LeaseLost."""
@@ -297,13 +303,16 @@ class Ledger:
             if self.fence:
                 self.fence.check()  # a successor that began in between had no mark to take away
         except LeaseLost:
-            if self._mark()[0] == data:
-                replace(self.storage, guard=None).delete([SUCCESS])
+            mark, version = self._mark()
+            if mark == data and version:
+                replace(self.storage, guard=None).delete_if(SUCCESS, version)
             raise
 
     def clear_success(self) -> None:
-        """Takes the mark away: call it before the first new row is published."""
-        self.storage.delete([SUCCESS])
+        """Takes the mark that there is away, and no later one: call it before the first new row is published."""
+        while version := self._mark()[1]:
+            if self.storage.delete_if(SUCCESS, version):
+                return
 
     def succeeded(self, plan: Plan) -> bool:
         """Whether the output is complete and marked so: the mark alone could be one that came late."""
@@ -331,7 +340,7 @@ class Ledger:
         except NotParquetError as error:
             return Published(info.path, 0, {}, str(error))
         try:
-            return Published(info.path, footer.num_rows, decode(footer))
+            return Published(info.path, footer.num_rows, decode(footer, info.size))
         except (ValueError, KeyError, TypeError) as error:
             return Published(info.path, footer.num_rows, {}, str(error))
 
@@ -368,6 +377,13 @@ def _part_name(data: bytes) -> str:
 
 def _counts(stats: RowStats) -> dict[str, Any]:
     return {"rows": stats.rows, "errors": dict(stats.errors)}
+
+
+def _run_record(data: bytes) -> Iterator[dict[str, Any]]:
+    with suppress(ValueError):
+        record = json.loads(data)
+        if isinstance(record, dict) and record.get("run"):
+            yield {"captioned": 0, "seconds": 0.0, "rows_per_s": 0.0, **record}
 
 
 def _to_json(value: object) -> bytes:

@@ -5,10 +5,9 @@ so whoever can read the output can look at it, recount it and go on with it. Whe
 it is itself that counts, not the path in the file.
 """
 
-import json
 from collections.abc import Sequence
-from typing import Any
 
+from pipeline.ledger.identity import recorded
 from pipeline.ledger.ledger import SPEC
 from pipeline.spec.job_spec import JobSpec, SpecError, apply_override, load_spec, parse_spec
 from pipeline.storage.storage import Storage
@@ -19,13 +18,20 @@ def load_job(target: str, overrides: Sequence[str] = ()) -> JobSpec:
     if target.endswith((".yaml", ".yml")):
         return load_spec(target, overrides)
     storage = Storage(target)
+    source = f"{storage.url}/{SPEC}"
     try:
-        data: dict[str, Any] = json.loads(storage.read(SPEC))["spec"]
-    except FileNotFoundError:
+        data = recorded(storage.read(SPEC), source)["spec"]
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise SpecError(
             f"{target}: is no job spec (.yaml) and no output of Tessera's, for it has no {SPEC}"
         ) from None
     data["output"]["path"] = storage.url
+    try:
+        parse_spec(data, source)
+    except SpecError as error:
+        raise SpecError(
+            f"{str(error).splitlines()[0]}: the output was made by another version of Tessera, which can read it"
+        ) from None
     for override in overrides:
         apply_override(data, override)
-    return parse_spec(data, source=f"{storage.url}/{SPEC}")
+    return parse_spec(data, source)

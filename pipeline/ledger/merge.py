@@ -7,6 +7,7 @@ near the 2 GiB that Arrow's 32-bit offsets can address.
 
 import io
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import BinaryIO
 
 import numpy as np
@@ -19,6 +20,7 @@ from pipeline.input.rows import RowSet
 from pipeline.input.shards import Shard
 from pipeline.ledger.digest import DIGEST_ROWS, row_digests, row_sizes
 from pipeline.ledger.entries import Entry, RowStats, parquet_writer, write_entries
+from pipeline.storage.footer import one_line
 from pipeline.storage.retrying import StorageError
 
 ROW_GROUP_BYTES = 128 << 20  # of values; what one reader holds, and far below 2 GiB
@@ -29,8 +31,9 @@ class SealError(RuntimeError):
 
 
 def part_rows(path: str, data: bytes, shard: Shard, schema: pa.Schema) -> pa.Table:
-    """A part's rows of this version of a shard, as `_row` and the sealed columns."""
-    table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
+    """A part's rows of this version of a shard, as `_row` and the sealed columns. SealError if it is damaged."""
+    with damage_told(path):
+        table = opened(pa.BufferReader(data)).read(use_threads=False)
     mine = pc.and_(pc.equal(table[SHARD], shard.name), pc.equal(table[FINGERPRINT], shard.fingerprint))
     table = table.filter(mine)
     missing = [name for name in schema.names if name not in table.column_names]
@@ -40,6 +43,25 @@ def part_rows(path: str, data: bytes, shard: Shard, schema: pa.Schema) -> pa.Tab
         return table.select([ROW, *schema.names]).cast(_with_row(schema))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise SealError(f"{path} does not fit the job's columns ({error})") from None
+
+
+def opened(file: BinaryIO) -> pq.ParquetFile:
+    """A file of the output, whose pages are held against their checksums as they are read.
+
+    Without reading ahead: what that runs in threads of Arrow's own waits for Python's, and hung under load.
+    """
+    return pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=False)
+
+
+@contextmanager
+def damage_told(path: str) -> Iterator[None]:
+    """Raises SealError where a file that is in memory cannot be decoded: what it holds must not be sealed."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise SealError(
+            f"{path} is damaged ({one_line(error)}); delete it and run the job again, which captions its rows anew"
+        ) from None
 
 
 def winning_rows(tables: Sequence[pa.Table]) -> np.ndarray:
@@ -85,7 +107,7 @@ def sealed_file(shard: Shard, tables: Sequence[pa.Table], places: np.ndarray) ->
 def altered_rows(file: BinaryIO, sealed: Entry) -> RowSet:
     """The rows of a sealed file, in runs of `DIGEST_ROWS`, whose values are not those that `sealed` has the digests of,
     or cannot be read. Storage that fails raises."""
-    parquet = pq.ParquetFile(file, pre_buffer=True)
+    parquet = opened(file)
     expected = iter(sealed.digests)
     altered: list[tuple[int, int]] = []
     start = 0

@@ -5,12 +5,12 @@ file it was made from. A forgotten output.path would mix two datasets in one out
 same names, captions of the one would replace those of the other. Both are told before anything is written.
 """
 
-import json
 import os.path
 import posixpath
 from collections.abc import Iterable
 
 from pipeline.input.shards import Input
+from pipeline.ledger.identity import recorded
 from pipeline.ledger.ledger import DATA, SPEC, Ledger
 from pipeline.spec.job_spec import JobSpec, SpecError
 from pipeline.storage.files import is_local, open_filesystem
@@ -40,9 +40,10 @@ def refuse_other_dataset(spec: JobSpec, found: Input, ledger: Ledger) -> None:
     An input.path as in the last run is the same dataset, whatever became of its files.
     """
     try:
-        before = json.loads(ledger.storage.read(SPEC))["spec"]["input"]["path"]
+        data = ledger.storage.read(SPEC)
     except FileNotFoundError:
         return
+    before = recorded(data, f"{ledger.storage.url}/{SPEC}")["spec"]["input"]["path"]
     if set(map(_place, before)) == set(map(_place, spec.input.path)):
         return
     scan = ledger.scan()

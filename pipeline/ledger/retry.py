@@ -21,7 +21,7 @@ from actors.schema import ERROR, ROW
 from pipeline.input.rows import RowSet
 from pipeline.input.shards import Shard, output_name
 from pipeline.ledger.ledger import DATA, RETRY, Ledger
-from pipeline.ledger.merge import part_rows, sealed_file, winning_rows
+from pipeline.ledger.merge import damage_told, opened, part_rows, sealed_file, winning_rows
 from pipeline.storage.files import in_parallel
 
 
@@ -69,9 +69,11 @@ def _amend(ledger: Ledger, shard: Shard, parts: Sequence[str]) -> None:
     path = f"{DATA}/{output_name(shard.name)}"
     while True:
         data, version = ledger.storage.read_version(path)
-        sealed = pq.ParquetFile(pa.BufferReader(data))
+        sealed = opened(pa.BufferReader(data))
+        with damage_told(path):
+            before = _row_groups(sealed)
         retried = [part_rows(part, ledger.storage.read(part), shard, sealed.schema_arrow) for part in parts]
-        amended, _ = sealed_file(shard, *_replaced(_row_groups(sealed), retried))
+        amended, _ = sealed_file(shard, *_replaced(before, retried))
         if amended == data or ledger.storage.put_if(path, amended, version):
             return
 

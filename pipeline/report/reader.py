@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from actors.schema import ERROR, IMAGES, READ, ROW, VIDEO
@@ -20,6 +21,8 @@ from pipeline.input.shards import FailedShard, Shard, discover, output_name
 from pipeline.report.page import Card, CardError, ErrorGroup, Section, SectionStats
 from pipeline.run.outcome import shards_told
 from pipeline.spec.job_spec import JobSpec, SpecError
+from pipeline.storage.footer import one_line
+from pipeline.storage.retrying import StorageError
 from pipeline.storage.storage import Storage
 
 _RESULTS = ("caption", "finish_reason", "prompt_tokens", "image_tokens", "generated_tokens", "error")
@@ -109,8 +112,14 @@ def read_section(
     shards = _spread(sealed, max_shards)
     tally = _Tally(first_rows=-(-limit // max(1, len(shards))))
     for shard in shards:
-        for seen in _read_results(output, shard, truth):
-            tally.add(seen)
+        try:
+            for seen in _read_results(output, shard, truth):
+                tally.add(seen)
+        except pa.ArrowException as error:
+            path = f"{output.url}/{_sealed_path(shard)}"
+            raise StorageError(
+                f"{path} cannot be read ({one_line(error)}); delete it and run the job again"
+            ) from None
     chosen = _choose(tally, limit)
     notes = [] if len(shards) == len(sealed) else [f"from {len(shards):,} of {len(sealed):,} sealed shards"]
     failed = (*found.unreadable, *(FailedShard.partly(shard, *why) for shard, why in tally.unread.items()))

@@ -128,6 +128,8 @@ class Session:
     def ended(self, how: str) -> None:
         """Writes the run's record: done, stopped or failed."""
         record = {**self.record, "ended": how, "storage_retries": self.retries()}
+        if self.lease.warning:
+            record["warnings"] = [self.lease.warning]
         with suppress(OSError, LeaseLost):  # the run's end is worth more than its record
             self.ledger.record_run(self.run, record)
 

@@ -42,16 +42,45 @@ class FileInfo:
     token: str
 
 
+class BadUrl(ValueError):
+    """Neither a path nor a URL of storage that can be opened."""
+
+
 def absolute(url: str) -> str:
-    """A URL as it is; a local path made absolute, so that it means the same in every process of a cluster."""
-    return url if "://" in url else os.path.abspath(os.path.expanduser(url))
+    """A URL as it is; a local path made absolute, so that it means the same in every process of a cluster.
+
+    Raises BadUrl for what would be a path, and is a mistyped URL: `s3:/bucket`, `file:/x`, `a::b`.
+    """
+    if "://" in url:
+        return url
+    scheme, colon, rest = url.partition(":")
+    if colon and (rest.startswith(":") or _is_scheme(scheme)):
+        raise BadUrl(
+            f"{url!r} is neither a path nor a URL: write scheme://..., for instance s3://bucket/folder, or "
+            "./ before a file's name"
+        )
+    return os.path.abspath(os.path.expanduser(url))
+
+
+def _is_scheme(name: str) -> bool:
+    from fsspec.registry import available_protocols
+
+    return name in available_protocols()
 
 
 def open_filesystem(url: str) -> tuple["AbstractFileSystem", str]:
-    """(file system, path in it) of any fsspec URL. Listings are never cached: others write here, too."""
+    """(file system, path in it) of any fsspec URL. Listings are never cached: others write here, too. BadUrl."""
     from fsspec.core import url_to_fs
 
-    filesystem, path = url_to_fs(absolute(url), use_listings_cache=False)
+    try:
+        filesystem, path = url_to_fs(absolute(url), use_listings_cache=False)
+    except BadUrl:
+        raise
+    except (
+        ValueError,
+        ImportError,
+    ) as error:  # a scheme that nobody knows, or whose package is not installed
+        raise BadUrl(f"{url!r} cannot be opened: {error}") from None
     if is_s3(filesystem):  # one layer retries: retrying.py
         filesystem.retries = 1
         filesystem.config_kwargs = {"retries": {"total_max_attempts": 1}, **filesystem.config_kwargs}

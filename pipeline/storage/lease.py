@@ -9,26 +9,34 @@ changed for EXPIRY_SECONDS. A holder that died on this very machine is known by 
 
 Fencing: a run that was paused, or whose request is being retried, may have lost its lease meanwhile, and must not
 write any more. So every attempt to write or delete a file, on whatever machine, begins with a look at the lease
-(`Fence.check`, the `guard` of the ledger's Storage). What remains is the moment between that look and the store's
-carrying out the request. A run held up in it and succeeded by another one can do this, and no more:
+(`Fence.check`, the `guard` of the ledger's Storage). A run that lost the lease before that look, or before it tries a
+failed request again, or before it hears of a request that was carried out, changes nothing from then on. What remains
+is the moment between the look and the store's carrying out the request. What a run that was held up in it and
+succeeded by another one can do stands here; tests/faults/test_lease_matrix.py has a line for each, on disk and on S3:
 
+- spec.json: nothing. It is swapped for the version that was compared with, and the successor's is another version,
+  since it names the run.
 - A part is added. It is named after its content, so it replaces none, and it holds captions of the same spec as
   anybody's, for a spec changes only while the output holds none. One case is left: a run held up before its very
   first part, and succeeded by a run of another spec, leaves that one part behind.
-- Sealed files and spec.json are swapped for the version that was compared with. The successor's is another version
-  (spec.json names the run), so the swap fails.
-- Parts are deleted that are sealed and readable, or merged, or of a version of a shard that was replaced. What the
-  successor publishes has another name, unless it has the same content.
-- `_SUCCESS` is created, or swapped for the mark that was read, so the successor's is not replaced. But a successor
-  that found no mark to take away leaves no trace there, and no store makes one file's write depend on another file. So
-  the writer looks at the lease once more when the mark is written, and takes its own back if that is lost. A mark that
-  is not true is left only by a process that is killed between the two, or by a request that the store carries out
-  after its client gave up. Tessera does not believe it (`Ledger.succeeded` compares it with the files) and its next
+- A seal: nothing where the successor has sealed the shard, or amended its seal, for then it is another version. Where
+  it has not come to that yet, the shard is sealed or amended from the same parts as the successor would.
+- A deletion: parts are deleted that are sealed and readable, or merged, or of a version of a shard that was replaced.
+  What the successor publishes has another name, unless it has the same content.
+- `_SUCCESS`: nothing. It is created, swapped or deleted for the mark that was read, so the successor's stays. But a
+  successor that found no mark to take away leaves no trace there, and no store makes one file's write depend on another
+  file. So the writer looks at the lease once more when the mark is written, and takes its own back if that is lost. A
+  mark that is not true is left only by a process that is killed between the two, or by a request that the store carries
+  out after its client gave up. Tessera does not believe it (`Ledger.succeeded` compares it with the files) and its next
   run removes or replaces it; readers that ask only whether the file exists believe it until then.
-- The successor's true `_SUCCESS` is deleted, by a run held up as it took the mark away. Its next run writes it again.
+- The run's own record under `_tessera/runs` is written.
+
+A store that does not keep conditional writes is found out when a run starts (`acquire`). There, files are compared
+before they are written or deleted, and the moment between the two counts as well.
 """
 
 import json
+import logging
 import os
 import socket
 import threading
@@ -42,10 +50,13 @@ from pathlib import Path
 from pipeline.storage.storage import Storage
 
 LEASE = "_tessera/lease.json"
+PROBE = "_tessera/probe"
 HEARTBEAT_SECONDS = 5.0
 EXPIRY_SECONDS = 30.0  # six heartbeats: a run whose storage stutters keeps its lease
 _WATCH_SECONDS = 0.5  # between two looks at somebody else's lease
 _STOP_SECONDS = 2.0  # between two looks of a worker at whether to stop
+
+log = logging.getLogger(__name__)
 
 
 class LeaseHeld(RuntimeError):
@@ -148,6 +159,7 @@ class Lease:
         self.storage = storage
         self.fence = Fence(storage, me.run)
         self.lost: str | None = None  # why, once it is
+        self.warning: str | None = None  # what the run's record says of the store
         self._me = me
         self._lock = threading.Lock()
         self._over = threading.Event()
@@ -198,8 +210,24 @@ def acquire(
 ) -> Lease:
     """The output's lease for `run`. Raises LeaseHeld if another run holds it and is alive.
 
-    `take_over` takes it from whoever holds it. `say` is told whom this waits for.
+    `take_over` takes it from whoever holds it. `say` is told whom this waits for. A store that cannot hold two runs
+    apart is warned of: the run goes on, and `Lease.warning` is kept with it.
     """
+    lease = _acquired(storage, run, take_over, say)
+    try:
+        if not storage.keeps_conditions(PROBE):
+            lease.warning = (
+                f"{storage.url}: this store does not keep conditional writes (If-Match, If-None-Match); two runs at "
+                "once on this output are not safe: see to it that there is one at a time"
+            )
+            log.warning(lease.warning)
+    except BaseException:
+        lease.__exit__()
+        raise
+    return lease
+
+
+def _acquired(storage: Storage, run: str, take_over: bool, say: Callable[[str], None]) -> Lease:
     me = Holder.here(run)
     first: bytes | None = None
     watched = time.monotonic()

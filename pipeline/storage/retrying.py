@@ -4,20 +4,25 @@ Why: at scale an object store always throttles, times out or resets somebody. Th
 wrong key, a missing right or a full disk does not get better by waiting, and must be told at once.
 
 One layer decides: the retries inside botocore and s3fs are off (files.py). Here each operation is tried again after a
-random, growing pause, until BUDGET_SECONDS have passed without progress, and every retry is counted.
+random, growing pause, until BUDGET_SECONDS have passed without progress, and every retry is counted. Where there are no
+credentials it is CREDENTIALS_SECONDS: the endpoint of a role may be slow to answer, but a person who forgot them should
+not wait longer.
 """
 
 import errno
 import io
 import logging
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
 BUDGET_SECONDS = 120.0  # without progress, pauses included; longer than any throttling we have heard of
+CREDENTIALS_SECONDS = 60.0  # without any; a role's endpoint that is restarted is back by then
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 15.0  # seconds; drawn from 0 to a limit that doubles with each
 _SILENT_SECONDS = 30.0  # twice what s3fs waits for a byte: an attempt that took longer was getting somewhere
 _RENEWALS = 5  # of an operation's budget, or storage that fails after minutes, each time, would never end
@@ -34,9 +39,11 @@ _ERRORS = {  # by name, so that judging an error imports no client library
     "botocore.IncompleteReadError", "botocore.ResponseParserError", "aiohttp.ClientError", "fsspec.FSTimeoutError",
     "http.IncompleteRead", "httpx.TransportError", "httpx2.TransportError",
 }  # fmt: skip
-_CREDENTIALS = {
-    "botocore.NoCredentialsError", "botocore.PartialCredentialsError", "botocore.CredentialRetrievalError",
-    "botocore.TokenRetrievalError", "botocore.ProfileNotFound", "botocore.UnauthorizedSSOTokenError",
+_NO_CREDENTIALS = {
+    "botocore.NoCredentialsError", "botocore.CredentialRetrievalError", "botocore.TokenRetrievalError",
+}  # fmt: skip
+_WRONG_CREDENTIALS = {
+    "botocore.PartialCredentialsError", "botocore.ProfileNotFound", "botocore.UnauthorizedSSOTokenError",
 }  # fmt: skip
 
 Result = TypeVar("Result")
@@ -83,8 +90,9 @@ def with_retries(action: Callable[[], Result], what: str, budget: float | None =
     `budget` is the seconds that may pass without progress, BUDGET_SECONDS by default. They count from the first
     failure: what an operation took while it went well is not waiting. They count anew from the failure of an attempt
     that took longer than _SILENT_SECONDS, at most _RENEWALS times. Once the failing has lasted _SAY_AFTER, a warning
-    is logged. FileNotFoundError and FileExistsError are answers and pass through; what waiting cannot mend is raised
-    at once, as StorageError or PermissionError.
+    is logged. Missing credentials are waited for no longer than CREDENTIALS_SECONDS. FileNotFoundError and
+    FileExistsError are answers and pass through; what waiting cannot mend is raised at once, as StorageError or
+    PermissionError.
     """
     seconds = BUDGET_SECONDS if budget is None else budget
     first_failure = failing_since = said_until = None
@@ -94,7 +102,8 @@ def with_retries(action: Callable[[], Result], what: str, budget: float | None =
         try:
             return action()
         except Exception as error:
-            if not is_transient(error):
+            unauthorized = bool(_names(error) & _NO_CREDENTIALS)
+            if not unauthorized and not is_transient(error):
                 told = _told(error, what)
                 if told is error:
                     raise
@@ -105,7 +114,9 @@ def with_retries(action: Callable[[], Result], what: str, budget: float | None =
             elif now - began > _SILENT_SECONDS and renewals < _RENEWALS:
                 failing_since, renewals = now, renewals + 1
             pause = random.uniform(0, limit)
-            left = failing_since + seconds - now
+            left = failing_since + (min(seconds, CREDENTIALS_SECONDS) if unauthorized else seconds) - now
+            if unauthorized and pause >= left:
+                raise _told(error, what) from error
             if pause >= left:
                 raise StorageError(
                     f"{what}: storage failed again and again for {seconds:g} s; the last error: {error}"
@@ -114,8 +125,11 @@ def with_retries(action: Callable[[], Result], what: str, budget: float | None =
                 until = datetime.now() + timedelta(seconds=left)
                 log.warning("%s: storage fails (%s); trying again until %s", what, error, f"{until:%H:%M:%S}")
                 said_until = failing_since  # of a budget that began anew it is said again
+            found_none = "botocore.NoCredentialsError" in _names(error)
         RETRIES.add()
         time.sleep(pause)
+        if found_none:
+            _look_for_credentials()
         limit = min(2 * limit, _LONGEST_PAUSE)
 
 
@@ -130,6 +144,15 @@ def is_transient(error: BaseException) -> bool:
         return status in _STATUSES or response.get("Error", {}).get("Code") in _CODES
     status = getattr(response, "status_code", None)  # of the Hugging Face hub's client
     return status in _STATUSES or bool(names & _ERRORS) or getattr(error, "errno", None) == errno.ESTALE
+
+
+def _look_for_credentials() -> None:
+    """botocore looks for credentials when it makes a client, and s3fs keeps its clients, so that one made without
+    any would never have them. Whoever uses them meanwhile is tried again, too."""
+    if s3fs := sys.modules.get("s3fs"):
+        for filesystem in list(s3fs.S3FileSystem._cache.values()):
+            with suppress(Exception):  # the next attempt says why
+                filesystem.connect(refresh=True)
 
 
 def _response(error: BaseException) -> Any:
@@ -148,11 +171,11 @@ def _told(error: Exception, what: str) -> Exception:
     if isinstance(response, dict) and response.get("Error", {}).get("Code") == "NoSuchBucket":
         bucket = response["Error"].get("BucketName", "")
         return MissingBucket(f"{what}: the bucket {bucket!r} does not exist; create it, or name another one")
-    if _names(error) & _CREDENTIALS:
+    if _names(error) & (_NO_CREDENTIALS | _WRONG_CREDENTIALS):
         return PermissionError(f"{what}: storage got no credentials ({error})")
     if isinstance(error, PermissionError):
         return PermissionError(f"{what}: permission denied ({error})")
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
         return StorageError(f"{what}: {error.strerror or error}")
     if "botocore.BotoCoreError" in _names(error):  # no OSError by itself
         return StorageError(f"{what}: {error}")

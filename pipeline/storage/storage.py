@@ -14,19 +14,19 @@ AWS_SECRET_ACCESS_KEY, profiles and roles as everywhere, AWS_ENDPOINT_URL (or AW
 and friends; other options of s3fs through fsspec's own configuration (FSSPEC_S3_*).
 """
 
-import fcntl
 import os
 import time
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
+from pipeline.storage import local, s3
 from pipeline.storage.files import (
+    BadUrl,
     FileInfo,
     absolute,
     file_info,
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 STALE_SECONDS = 3600.0  # a temporary file this old has no writer any more
-_KEYS = 1000  # in one request that deletes: S3's limit
-_LOCK_SECONDS = 5.0  # a lock held longer is a stopped process's; going on without it is no worse than on NFS
 
 Result = TypeVar("Result")
 
@@ -55,7 +53,7 @@ class StoragePathError(ValueError):
 
 @dataclass(frozen=True)
 class Storage:
-    """Files under the root `url`, named by paths relative to it. Small and picklable: no open handles.
+    """Files under the root `url`, named by paths relative to it. Small and picklable: no open handles. Raises BadUrl.
 
     `guard` is called at the start of every attempt to write or delete a file; what it raises ends the operation.
     """
@@ -64,7 +62,10 @@ class Storage:
     guard: Callable[[], None] | None = field(default=None, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "url", absolute(self.url).rstrip("/") or "/")
+        url = absolute(self.url).rstrip("/") or "/"
+        if url.endswith(":"):
+            raise BadUrl(f"{self.url!r} names no folder: write {url}//bucket/folder")
+        object.__setattr__(self, "url", url)
 
     def __getstate__(self) -> dict[str, object]:
         return {"url": self.url, "guard": self.guard}
@@ -97,7 +98,7 @@ class Storage:
         """As `put_atomic`, but only if the file does not exist; of several callers, each with bytes of its own,
         exactly one gets True. S3 decides by `If-None-Match: *`, a local disk by link(2).
         """
-        return self._conditionally(path, data, lambda: self._create(path, data))
+        return self._swap(path, data, lambda: not self.exists(path), lambda: self._create(path, data))
 
     def read_version(self, path: str) -> tuple[bytes, str]:
         """A whole file, and which version of it that is, for `put_if`; FileNotFoundError if it is missing."""
@@ -105,8 +106,8 @@ class Storage:
             data = self.read(path)
             return data, sha256(data).hexdigest()
         # In this order: should the file change in between, the version is the old one and `put_if` says no.
-        info = self._with_retries("reading", path, lambda: self.filesystem.info(self.full(path)))
-        return self.read(path), file_info(self.filesystem, path, info).token
+        version = self._token(path)
+        return self.read(path), version
 
     def put_if(self, path: str, data: bytes, version: str) -> bool:
         """As `put_atomic`, but only if the file is still the `version` that was read; False if it is not.
@@ -114,7 +115,29 @@ class Storage:
         S3 decides by `If-Match`. A local disk compares and renames under a lock on the folder, which is waited for
         for 5 s; other object stores compare and put, which leaves a moment between the two.
         """
-        return self._conditionally(path, data, lambda: self._replace(path, data, version))
+        return self._swap(
+            path, data, lambda: self._may_be(path, version), lambda: self._replace(path, data, version)
+        )
+
+    def delete_if(self, path: str, version: str) -> bool:
+        """Deletes a file that is still the `version` that was read, as `put_if` replaces it; False if it is not."""
+        return self._compared(
+            "deleting", path, lambda: self._may_be(path, version), lambda: self._remove_if(path, version)
+        )
+
+    def keeps_conditions(self, probe: str) -> bool:
+        """Whether of two runs that write the same file at once one is always refused. Tries it on the file `probe`,
+        which it writes and deletes; a store that leaves `If-Match` and `If-None-Match` out of account is compared with
+        before each write, but in the moment between the two another run's write can be lost."""
+        if not is_s3(self.filesystem):
+            return self.local
+        self.put_atomic(probe, b"probe")
+        try:
+            return self._with_retries(
+                "writing", probe, lambda: s3.keeps_conditions(self.filesystem, self.full(probe))
+            )
+        finally:
+            self.delete([probe])
 
     def read(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
         """Bytes [start, end) of a file, as many as there are; FileNotFoundError if it is missing."""
@@ -141,23 +164,24 @@ class Storage:
         return [
             FileInfo(below + info.path, info.size, info.token)
             for info in list_files(self.filesystem, root)
-            if not _is_temporary(info.path)
+            if not local.is_temporary(info.path)
         ]
 
     def delete(self, paths: Iterable[str]) -> None:
         """Deletes files, in no order; those that are gone already are fine."""
         todo = list(paths)
         if is_s3(self.filesystem) and len(todo) > 1:
-            in_parallel(self._delete_keys, [todo[i : i + _KEYS] for i in range(0, len(todo), _KEYS)])
-        else:
-            in_parallel(self._delete_one, todo)
+            batches = [todo[start : start + s3.KEYS] for start in range(0, len(todo), s3.KEYS)]
+            deleted = in_parallel(self._delete_keys, batches)
+            todo = [path for batch, done in zip(batches, deleted, strict=True) if not done for path in batch]
+        in_parallel(self._delete_one, todo)
 
     def delete_temporary(self, prefix: str, older_than: float = STALE_SECONDS) -> None:
         """Deletes what killed local writers left below a folder, once it is `older_than` seconds old."""
         if not self.local:
             return
         for info in list_files(self.filesystem, self.full(prefix)):
-            if _is_temporary(info.path) and time.time() - int(info.token) / 1e9 > older_than:
+            if local.is_temporary(info.path) and time.time() - int(info.token) / 1e9 > older_than:
                 self._delete_one(f"{prefix}/{info.path}")
 
     def delete_empty_folders(self, prefix: str) -> None:
@@ -173,38 +197,69 @@ class Storage:
 
     def _guarded(self, doing: str, path: str, write: Callable[[], Result]) -> Result:
         def attempt() -> Result:
-            if self.guard:
-                self.guard()
+            self._ask()
             return write()
 
         return self._with_retries(doing, path, attempt)
+
+    def _ask(self) -> None:
+        if self.guard:
+            self.guard()
 
     def _delete_one(self, path: str) -> None:
         with suppress(FileNotFoundError):
             self._guarded("deleting", path, lambda: self._remove(path))
 
-    def _delete_keys(self, paths: Sequence[str]) -> None:
-        """One request to S3, which answers 200 and says which keys it could not delete; s3fs does not look at that."""
-        from botocore.exceptions import ClientError
-        from s3fs.errors import translate_boto_error
+    def _delete_keys(self, paths: Sequence[str]) -> bool:
+        return self._guarded(
+            "deleting",
+            f"{paths[0]} and others",
+            lambda: self._remove_keys(paths),
+        )
 
-        def request() -> None:
-            names = [self.filesystem.split_path(self.full(path)) for path in paths]
-            keys = {"Objects": [{"Key": key} for _, key, _ in names], "Quiet": True}
-            answer = self.filesystem.call_s3("delete_objects", Bucket=names[0][0], Delete=keys)
-            if errors := answer.get("Errors"):
-                raise translate_boto_error(ClientError({"Error": errors[0]}, "DeleteObjects"))
+    def _compared(
+        self, doing: str, path: str, as_expected: Callable[[], bool], write: Callable[[], bool]
+    ) -> bool:
+        """A conditional write or deletion: whether it took place. The store decides; where it cannot, what was compared
+        just before. Who is refused may have lost the right to write: the guard tells."""
 
-        self._guarded("deleting", f"{paths[0]} and others", request)
+        def attempt() -> bool:
+            if not as_expected():
+                return False
+            self._ask()
+            return write()
 
-    def _conditionally(self, path: str, data: bytes, write: Callable[[], bool]) -> bool:
+        done = self._with_retries(doing, path, attempt)
+        if not done:
+            self._ask()
+        return done
+
+    def _swap(
+        self, path: str, data: bytes, as_expected: Callable[[], bool], write: Callable[[], bool]
+    ) -> bool:
         """A conditional write whose answer may be lost on the way: the write again (by us, or unseen by the HTTP
         client) then meets its own file. So a file that holds our very bytes is ours."""
-        if self._guarded("writing", path, write):
+        if self._compared("writing", path, as_expected, write):
             return True
         with suppress(FileNotFoundError):
             return not self.local and self.read(path) == data
         return False
+
+    def _may_be(self, path: str, version: str) -> bool:
+        return self.local or self._is(path, version)  # a disk compares under the lock
+
+    def _is(self, path: str, version: str) -> bool:
+        try:
+            return self._token(path) == version
+        except FileNotFoundError:
+            return False
+
+    def _token(self, path: str) -> str:
+        """Which version of a file there is."""
+        if self.local:
+            return sha256(self.read(path)).hexdigest()
+        info = self._with_retries("reading", path, lambda: self.filesystem.info(self.full(path)))
+        return file_info(self.filesystem, path, info).token
 
     def _put(self, path: str, data: bytes) -> None:
         if not self.local:
@@ -214,6 +269,8 @@ class Storage:
             os.replace(temporary, self.full(path))
 
     def _create(self, path: str, data: bytes) -> bool:
+        if is_s3(self.filesystem):
+            return s3.put_if_absent(self.filesystem, self.full(path), data)
         try:
             if not self.local:
                 self.filesystem.pipe_file(self.full(path), data, mode="create")
@@ -226,101 +283,34 @@ class Storage:
 
     def _replace(self, path: str, data: bytes, version: str) -> bool:
         if is_s3(self.filesystem):
-            try:
-                # One put, however large: s3fs would make a multipart upload unconditional.
-                self.filesystem.pipe_file(self.full(path), data, chunksize=5 << 30, IfMatch=f'"{version}"')
-            except FileNotFoundError:
-                return False
-            except OSError as error:
-                if (
-                    getattr(error.__cause__, "response", {}).get("Error", {}).get("Code")
-                    != "PreconditionFailed"
-                ):
-                    raise
-                return False
+            return s3.put_if_match(self.filesystem, self.full(path), data, version)
+        if not self.local:
+            self._put(path, data)
             return True
-        try:
-            if not self.local:
-                if self.read_version(path)[1] != version:
-                    return False
-                self._put(path, data)
-                return True
-            # The new file first: nothing that takes time stands between comparing and renaming.
-            with self._temporary(path, data) as temporary, _locked(temporary.parent):
-                if self.read_version(path)[1] != version:
-                    return False
-                os.replace(temporary, self.full(path))
-                return True
-        except FileNotFoundError:
-            return False
+        # The new file first: nothing that takes time stands between comparing and renaming.
+        with self._temporary(path, data) as temporary, local.locked(temporary.parent):
+            if not self._is(path, version):
+                return False
+            os.replace(temporary, self.full(path))
+            return True
 
-    @contextmanager
-    def _temporary(self, path: str, data: bytes) -> Iterator[Path]:
-        """A durable hidden file beside `path`, for as long as the block lasts; what the block renames is durable."""
-        temporary = self._write_temporary(path, data)
-        try:
-            yield temporary
-            _sync_folder(temporary.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+    def _remove_if(self, path: str, version: str) -> bool:
+        if is_s3(self.filesystem):
+            return s3.delete_if_match(self.filesystem, self.full(path), version)
+        if not self.local:
+            self._remove(path)
+            return True
+        with local.locked(Path(self.full(path)).parent):
+            if not self._is(path, version):
+                return False
+            self._remove(path)
+            return True
+
+    def _temporary(self, path: str, data: bytes) -> AbstractContextManager[Path]:
+        return local.temporary(Path(self.full(path)), data)
 
     def _remove(self, path: str) -> None:
         self.filesystem.rm_file(self.full(path))
 
-    def _write_temporary(self, path: str, data: bytes) -> Path:
-        target = Path(self.full(path))
-        _make_folder(target.parent)
-        temporary = (
-            target.parent / f".{uuid.uuid4().hex}.tmp"
-        )  # short: the name's own length may be at its limit
-        try:
-            with open(temporary, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        return temporary
-
-
-def _is_temporary(path: str) -> bool:
-    name = path.rpartition("/")[2]
-    return name.startswith(".") and name.endswith(".tmp")
-
-
-def _make_folder(folder: Path) -> None:
-    """mkdir -p, durable: a folder that a crash forgets takes its files along."""
-    if folder.is_dir():
-        return
-    _make_folder(folder.parent)
-    folder.mkdir(exist_ok=True)
-    _sync_folder(folder.parent)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Holds an advisory lock on a folder, which ends with the process that holds it; without one where there is
-    no locking (some network file systems), or where a stopped process keeps it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        deadline = time.monotonic() + _LOCK_SECONDS
-        while time.monotonic() < deadline:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.01)
-            except OSError:
-                break
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    def _remove_keys(self, paths: Sequence[str]) -> bool:
+        return s3.delete_keys(self.filesystem, [self.full(path) for path in paths])

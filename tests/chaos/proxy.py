@@ -29,6 +29,9 @@ the server did what was asked, but the client never hears of it."""
 PATIENCE = 2
 STALL_SECONDS = 1.0
 _SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+_UNKNOWN = (
+    b"<Error><Code>NotImplemented</Code><Message>A header you provided is unknown here.</Message></Error>"
+)
 _HOP = {"connection", "transfer-encoding", "keep-alive", "content-length"}
 
 
@@ -42,6 +45,8 @@ class Proxy:
     endpoint: str = ""
     met: Counter[str] = field(default_factory=Counter)
     requests: int = 0
+    ignores: frozenset[str] = frozenset()  # headers that the store does not see, in lower case
+    refuses: frozenset[str] = frozenset()  # headers and parts of a URL that it answers 501 NotImplemented to
     _asked: Counter[str] = field(default_factory=Counter)
     _suffered: Counter[str] = field(default_factory=Counter)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -69,6 +74,9 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._body()
         # The bucket, whose name is another in every test, has no part in what the seed decides.
         key = self.path.partition("?")[0].removeprefix("/").partition("/")[2]
+        if any(name in self.headers or name in self.path for name in proxy.refuses):
+            self._answer(501, {"Content-Type": "application/xml"}, _UNKNOWN)
+            return
         weather = proxy.weather(f"{self.command} {key}")
         if weather == "throttle":
             self._answer(503, {"Content-Type": "application/xml"}, _SLOW_DOWN)
@@ -78,7 +86,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if weather == "stall":
             time.sleep(STALL_SECONDS)
-        status, headers, answer = self._forward(proxy.target, body)
+        status, headers, answer = self._forward(proxy, body)
         if weather == "lost_reply":
             self._reset()
         elif weather == "cut" and answer and self.command != "HEAD":
@@ -99,9 +107,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return body
 
-    def _forward(self, target: str, body: bytes) -> tuple[int, dict[str, str], bytes]:
-        connection = http.client.HTTPConnection(urlsplit(target).netloc, timeout=60)
-        headers = {name: value for name, value in self.headers.items() if name.lower() not in _HOP}
+    def _forward(self, proxy: Proxy, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        connection = http.client.HTTPConnection(urlsplit(proxy.target).netloc, timeout=60)
+        hidden = _HOP | proxy.ignores
+        headers = {name: value for name, value in self.headers.items() if name.lower() not in hidden}
         connection.request(self.command, self.path, body, {**headers, "Content-Length": str(len(body))})
         response = connection.getresponse()
         answer = response.read()

@@ -40,7 +40,7 @@ def test_every_row_once_whatever_dies(job, tmp_path, seed):
     result = audit(scene, expected, output)
     assert result.clean, result
     assert survived.kills["driver"] == survived.kills["node"] == 1
-    assert tessera("verify", *scene.arguments(output)).code == 0
+    assert tessera("verify", "--deep", *scene.arguments(output)).code == 0
     assert not Path(output, "_tessera/journal").exists()
 
 

@@ -1,7 +1,7 @@
 """Helpers for ledger tests: captioned tables, shards, and storages that die or are held up on command."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
 import pyarrow as pa
@@ -9,6 +9,7 @@ import pyarrow as pa
 from actors.schema import RESULT_SCHEMA
 from pipeline.input.shards import Shard
 from pipeline.ledger.ledger import DATA, JOURNAL, Ledger
+from pipeline.storage.lease import LEASE, Holder
 from pipeline.storage.storage import Storage
 
 Result = TypeVar("Result")
@@ -71,14 +72,20 @@ class DyingStorage(Storage):
         return result
 
 
+End = Literal["late", "reset", "lost_reply", "late_lost_reply"]
+
+
 @dataclass(frozen=True)
 class HeldUpStorage(Storage):
-    """The first request to write or delete a file `below` a folder is held up while `meanwhile` happens. Then it goes
-    out ("late"), or is lost ("reset"), or it goes out and its answer is lost ("lost_reply")."""
+    """The first request to write or delete a file `below` a folder is held up while `meanwhile` happens.
+
+    Then it goes out ("late"), or is lost ("reset"), or it goes out and its answer is lost ("late_lost_reply"); or it
+    went out before, and its answer is lost ("lost_reply").
+    """
 
     below: str = ""
     meanwhile: Callable[[], object] = lambda: None
-    end: Literal["late", "reset", "lost_reply"] = "late"
+    end: End = "late"
     held: list[str] = field(default_factory=list)
 
     def _put(self, path: str, data: bytes) -> None:
@@ -93,17 +100,30 @@ class HeldUpStorage(Storage):
     def _remove(self, path: str) -> None:
         self._request(path, lambda: Storage._remove(self, path))
 
+    def _remove_if(self, path: str, version: str) -> bool:
+        return self._request(path, lambda: Storage._remove_if(self, path, version))
+
+    def _remove_keys(self, paths: Sequence[str]) -> bool:
+        return self._request(paths[0], lambda: Storage._remove_keys(self, paths))
+
     def _request(self, path: str, request: Callable[[], Result]) -> Result:
         if self.held or not path.startswith(self.below):
             return request()
         self.held.append(path)
-        self.meanwhile()
-        if self.end == "reset":
-            raise ConnectionResetError("reset by peer")
-        result = request()
         if self.end == "lost_reply":
+            request()
+        self.meanwhile()
+        if self.end in ("late", "late_lost_reply"):
+            result = request()
+        if self.end != "late":
             raise ConnectionResetError("reset by peer")
         return result
+
+
+def silent(storage: Storage, run: str = "silent", **fields: object) -> None:
+    """A lease of a run on another machine that never beats again."""
+    holder = replace(Holder("silent", "far-away", 7, "yesterday", "another machine", "1"), run=run, **fields)  # type: ignore[arg-type]
+    storage.put_atomic(LEASE, holder.encode())
 
 
 def sealed_bytes(ledger: Ledger) -> dict[str, bytes]:

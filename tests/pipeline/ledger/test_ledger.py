@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -360,7 +362,7 @@ def test_verification_finds_what_does_not_belong(ledger: Ledger) -> None:
     assert not verification.ok
     assert verification.problems == ("data/stray.parquet was not written by Tessera",)
     ledger.storage.delete(["data/stray.parquet"])
-    claim = decode(pq.read_metadata(pa.BufferReader(good)))  # which a forger keeps
+    claim = decode(pq.read_metadata(pa.BufferReader(good)), len(good))  # which a forger keeps
     for rows, words in (
         (table.slice(0, 3), "lacks rows 3-4"),
         (pa.concat_tables([table, table]), "has 10 rows in the output and 5 in the input"),
@@ -371,7 +373,7 @@ def test_verification_finds_what_does_not_belong(ledger: Ledger) -> None:
         assert words in verification.describe()
     miscounted = {B.name: replace(claim[B.name], stats=RowStats(7))}
     ledger.storage.put_atomic("data/sub/b.parquet", to_parquet(table, miscounted, statistics=True))
-    assert "counts 7 rows in its statistics and holds 5" in ledger.verify([B], footers_only=True).describe()
+    assert "counts 7 rows in its statistics and holds 5" in ledger.verify([B]).describe()
     ledger.storage.put_atomic("data/sub/b.parquet", good)
     assert ledger.verify([B]).ok
 
@@ -392,13 +394,13 @@ def test_law_11_a_sealed_file_proves_its_rows(ledger: Ledger, rows: list[int]) -
     more = pq.read_table(pa.BufferReader(ledger.storage.read("data/a.parquet")))
     forged = pa.concat_tables([table, more.slice(3, 1)]).take(rows)
     footer = pq.read_metadata(pa.BufferReader(good))
-    claim = decode(footer)
+    claim = decode(footer, len(good))
     rewritten = pa.BufferOutputStream()
     pq.write_table(forged.replace_schema_metadata(footer.metadata), rewritten)
     for data in (to_parquet(forged, claim, statistics=True), rewritten.getvalue().to_pybytes()):
-        assert decode(pq.read_metadata(pa.BufferReader(data))) == claim
+        assert decode(pq.read_metadata(pa.BufferReader(data)), len(data)) == claim
         ledger.storage.put_atomic("data/sub/b.parquet", data)
-        verification = ledger.verify([A, B])
+        verification = ledger.verify([A, B], deep=True)
         assert not verification.ok
         assert verification.altered == {B.name: RowSet.span(5)}
         assert (
@@ -406,7 +408,7 @@ def test_law_11_a_sealed_file_proves_its_rows(ledger: Ledger, rows: list[int]) -
             in verification.describe()
         )
     ledger.storage.put_atomic("data/sub/b.parquet", good)
-    assert ledger.verify([A, B]).ok
+    assert ledger.verify([A, B], deep=True).ok
 
 
 def test_law_11_a_page_that_cannot_be_read_proves_nothing(ledger: Ledger) -> None:
@@ -416,8 +418,70 @@ def test_law_11_a_page_that_cannot_be_read_proves_nothing(ledger: Ledger) -> Non
     start = column.dictionary_page_offset
     data[start : start + column.total_compressed_size] = bytes(column.total_compressed_size)
     ledger.storage.put_atomic("data/a.parquet", bytes(data))
-    assert ledger.verify([A, B]).altered == {A.name: RowSet.span(12)}
-    assert ledger.verify([A, B], footers_only=True).ok  # which is why `tessera verify` reads on
+    assert ledger.verify([A, B], deep=True).altered == {A.name: RowSet.span(12)}
+    assert ledger.verify([A, B]).ok  # which is why there is `tessera verify --deep`
+
+
+def test_law_11_a_damaged_footer_proves_nothing(ledger: Ledger) -> None:
+    """Also where it still is a footer: one letter of what it says differs, or there are bytes too many or too few."""
+    run_to_the_end(ledger, [B], [captions(B.name, range(5))])
+    good = ledger.storage.read("data/sub/b.parquet")
+    said = good.replace(b'"prompt_tokens":50', b'"prompt_tokens":51')
+    assert said != good and pq.read_metadata(pa.BufferReader(said)).num_rows == 5
+    for data, words in (
+        (said, "damaged footer"),
+        (good[:4] + b"-" + good[4:], f"has {len(good) + 1:,} bytes"),
+    ):
+        ledger.storage.put_atomic("data/sub/b.parquet", data)
+        verification = ledger.verify([B])
+        assert not verification.ok and words in verification.describe()
+    ledger.storage.put_atomic("data/sub/b.parquet", good)
+    assert ledger.verify([B]).ok
+
+
+def silently_damaged(data: bytes) -> bytes:
+    """The file with one bit changed, so that it reads as other rows."""
+    good = pq.read_table(pa.BufferReader(data))
+    for place in range(4, len(data)):
+        damaged = data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+        with suppress(pa.ArrowException, OSError):
+            read = pq.read_table(pa.BufferReader(damaged))
+            if read.num_rows == good.num_rows and read != good:
+                return damaged
+    raise AssertionError("every bit is checked")
+
+
+@pytest.mark.parametrize("amending", [False, True], ids=["seal", "amend"])
+def test_law_11_damage_is_not_sealed(ledger: Ledger, amending: bool) -> None:
+    """A byte of a page differs, and it decodes all the same: its checksum tells, before it gets digests of its own."""
+    if amending:
+        run_to_the_end(ledger, [B], [captions(B.name, range(5), failed=[1])])
+    part = ledger.publish(captions(B.name, [1] if amending else range(5)), RETRY if amending else JOURNAL)
+    path = "data/sub/b.parquet" if amending else part
+    ledger.storage.put_atomic(path, silently_damaged(ledger.storage.read(path)))
+    before = sealed_bytes(ledger)
+    seal = partial(merge_retried, ledger, [B]) if amending else partial(ledger.seal, B, KEPT)
+    with pytest.raises(SealError, match=rf"^{path} is damaged \(.*\); delete it and run the job again"):
+        seal()
+    assert sealed_bytes(ledger) == before
+
+
+def test_verification_reads_footers_only_and_deep_every_page(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_to_the_end(ledger, [B], [captions(B.name, range(5))])
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "read", None)
+        patch.setattr(Storage, "open", None)
+        assert ledger.verify([B]).ok
+    data = ledger.storage.read("data/sub/b.parquet")
+    footer = pq.read_metadata(pa.BufferReader(data))
+    for index in range(0, footer.num_columns, 3):
+        chunk = footer.row_group(0).column(index)
+        changed = bytearray(data)
+        changed[chunk.data_page_offset + chunk.total_compressed_size // 2 - 1] ^= 1
+        ledger.storage.put_atomic("data/sub/b.parquet", bytes(changed))
+        assert ledger.verify([B]).ok and not ledger.verify([B], deep=True).ok, chunk.path_in_schema
 
 
 def test_law_11_only_every_row_once_and_in_order_is_sealed() -> None:
@@ -462,7 +526,10 @@ def test_runs_are_recorded(ledger: Ledger) -> None:
     assert ledger.runs() == []
     ledger.record_run("2026-02", {"rows": 2})
     ledger.record_run("2026-01", {"rows": 1})
-    assert ledger.runs() == [{"run": "2026-01", "rows": 1}, {"run": "2026-02", "rows": 2}]
+    for name, damaged in {"0": b"", "1": b"[]", "2": b"\xff{"}.items():
+        ledger.storage.put_atomic(f"_tessera/runs/{name}.json", damaged)
+    none = {"captioned": 0, "seconds": 0.0, "rows_per_s": 0.0}
+    assert ledger.runs() == [{"run": "2026-01", "rows": 1, **none}, {"run": "2026-02", "rows": 2, **none}]
 
 
 def test_rows_without_identity_are_refused(tmp_path: Path) -> None:

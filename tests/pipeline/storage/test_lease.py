@@ -12,26 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.ledger.ledger import JOURNAL, RETRY, RUNS, SPEC, SUCCESS, Ledger, LedgerMismatch
-from pipeline.ledger.retry import merge_retried
-from pipeline.spec.job_spec import JobSpec, parse_spec
+from pipeline.ledger.ledger import Ledger
 from pipeline.storage import lease as leases
 from pipeline.storage import retrying
 from pipeline.storage.files import in_parallel
 from pipeline.storage.lease import LEASE, Fence, Holder, LeaseHeld, LeaseLost, acquire, holder_of
 from pipeline.storage.storage import Storage
-from tests.pipeline.ledgers import (
-    KEPT,
-    HeldUpStorage,
-    captions,
-    journal,
-    publish,
-    run_to_the_end,
-    sealed_bytes,
-    shard,
-)
+from tests.pipeline.ledgers import KEPT, captions, journal, sealed_bytes, shard, silent
 
-A, B = shard("a.parquet", 3), shard("b.parquet", 2)
+A = shard("a.parquet", 3)
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -48,12 +37,6 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leases, "_WATCH_SECONDS", 0.05)
     monkeypatch.setattr(leases, "_STOP_SECONDS", 0.0)
     monkeypatch.setattr(retrying, "_FIRST_PAUSE", 0.001)
-
-
-def silent(storage: Storage, run: str = "silent", **fields: object) -> None:
-    """A lease of a run on another machine that never beats again."""
-    holder = replace(Holder("silent", "far-away", 7, "yesterday", "another machine", "1"), run=run, **fields)  # type: ignore[arg-type]
-    storage.put_atomic(LEASE, holder.encode())
 
 
 def test_the_loser_is_told_who_holds_the_output_since_when(storage: Storage) -> None:
@@ -154,10 +137,11 @@ def test_law_10_only_the_run_that_holds_the_lease_writes(storage: Storage) -> No
     before = journal(ledger)
     silent(storage, "other")
     assert ledger.sweep([A]) == []  # nothing to delete is nothing to ask for
+    ledger.clear_success()
     for write in (
         lambda: ledger.publish(captions(A.name, [2])),
         lambda: ledger.sweep([shard(A.name, 3, "v2")]),
-        ledger.clear_success,
+        lambda: ledger.record_run("paused", {}),
     ):
         with pytest.raises(LeaseLost, match="run other"):
             write()
@@ -166,123 +150,6 @@ def test_law_10_only_the_run_that_holds_the_lease_writes(storage: Storage) -> No
     with pytest.raises(LeaseLost):
         ledger.seal(A, KEPT)
     assert sealed_bytes(ledger) == {}
-
-
-def spec_of(tokens: int) -> JobSpec:
-    sections = {"input": {"path": "in"}, "model": {"path": "m"}, "output": {"path": "out"}}
-    return parse_spec({**sections, "generation": {"max_new_tokens": tokens}})
-
-
-WRITES = {
-    "a part": (JOURNAL, lambda ledger: ledger.publish(captions(A.name, [2]))),
-    "a seal": ("data/a", lambda ledger: ledger.seal(A, KEPT)),
-    "the seal of a changed shard": ("data/b", lambda ledger: ledger.seal(shard(B.name, 2, "v2"), KEPT)),
-    "an amended seal": ("data/b", lambda ledger: merge_retried(ledger, [B])),
-    "a swept part": (JOURNAL, lambda ledger: ledger.sweep([shard(A.name, 3, "v2")])),
-    "the spec": (SPEC, lambda ledger: ledger.bind(spec_of(1))),
-    "the mark": (SUCCESS, lambda ledger: ledger.write_success(ledger.verify([B]))),
-    "no mark": (SUCCESS, lambda ledger: ledger.clear_success()),
-    "the record": (RUNS, lambda ledger: ledger.record_run("paused", {})),
-}
-
-
-@pytest.mark.parametrize("kind", WRITES)
-def test_law_10_every_attempt_of_a_write_looks_at_the_lease(storage: Storage, kind: str) -> None:
-    """A request is reset while another run takes the output over: it is not sent again."""
-    ledger = Ledger(storage)
-    run_to_the_end(ledger, [B], [captions(B.name, range(2), failed=[1])])
-    ledger.publish(captions(B.name, [1], text="second"), RETRY)
-    for table in (captions(A.name, range(3)), captions(B.name, range(2), version="v2")):
-        ledger.publish(table)
-    ledger.write_success(ledger.verify([B]))
-    silent(storage, "paused")
-    before = {info.path: storage.read(info.path) for info in storage.list()}
-
-    below, write = WRITES[kind]
-    held_up = HeldUpStorage(storage.url, below, lambda: silent(storage, "other"), "reset")
-    with pytest.raises(LeaseLost, match="run other"):
-        write(Ledger(held_up, Fence(storage, "paused")))
-    assert held_up.held
-    after = {info.path: storage.read(info.path) for info in storage.list()}
-    assert after == before | {LEASE: storage.read(LEASE)}
-
-
-@pytest.mark.parametrize("end", ["late", "reset", "lost_reply"])
-def test_a_mark_that_comes_late_does_not_stand_over_missing_rows(storage: Storage, end: str) -> None:
-    run_to_the_end(Ledger(storage), [B], [captions(B.name, range(2))])
-    silent(storage, "paused")
-
-    def take_over() -> None:
-        silent(storage, "other")
-        successor = Ledger(storage, Fence(storage, "other"))
-        successor.clear_success()
-        successor.publish(captions(A.name, [0]))
-
-    held_up = HeldUpStorage(storage.url, SUCCESS, take_over, end)  # type: ignore[arg-type]
-    ledger = Ledger(held_up, Fence(storage, "paused"))
-    with pytest.raises(LeaseLost, match="run other"):
-        ledger.write_success(ledger.verify([B]))
-    assert held_up.held and not storage.exists(SUCCESS)
-
-
-@pytest.mark.parametrize("marked", [False, True], ids=["created", "replaced"])
-def test_a_mark_that_comes_late_does_not_replace_the_successors(storage: Storage, marked: bool) -> None:
-    run_to_the_end(Ledger(storage), [B], [captions(B.name, range(2), failed=[1])])
-    if marked:
-        Ledger(storage).write_success(Ledger(storage).verify([B]))
-    silent(storage, "paused")
-
-    def take_over() -> None:
-        silent(storage, "other")
-        successor = Ledger(storage, Fence(storage, "other"))
-        successor.publish(captions(B.name, [1], text="second"), RETRY)
-        merge_retried(successor, [B])
-        successor.write_success(successor.verify([B]))
-
-    ledger = Ledger(HeldUpStorage(storage.url, SUCCESS, take_over), Fence(storage, "paused"))
-    with pytest.raises(LeaseLost, match="run other"):
-        ledger.write_success(ledger.verify([B]))
-    assert json.loads(storage.read(SUCCESS)) == {"rows": 2, "errors": {}, "run": "other"}
-
-
-@pytest.mark.parametrize("bound", [False, True], ids=["created", "replaced"])
-@pytest.mark.parametrize("end", ["late", "lost_reply"])
-def test_a_spec_that_comes_late_does_not_replace_the_successors(
-    storage: Storage, bound: bool, end: str
-) -> None:
-    """Also where the successor's spec is the very one that the held up run compared its own with."""
-    if bound:
-        Ledger(storage).bind(spec_of(1))
-    silent(storage, "paused")
-
-    def take_over() -> None:
-        silent(storage, "other")
-        successor = Ledger(storage, Fence(storage, "other"))
-        successor.bind(spec_of(1))
-        successor.publish(captions(A.name, [0]))
-
-    held_up = HeldUpStorage(storage.url, SPEC, take_over, end)  # type: ignore[arg-type]
-    with pytest.raises((LeaseLost, LedgerMismatch)):
-        Ledger(held_up, Fence(storage, "paused")).bind(spec_of(2))
-    record = json.loads(storage.read(SPEC))
-    assert held_up.held and record["run"] == "other"
-    assert record["fields"]["generation.max_new_tokens"] == 1
-
-
-def test_a_write_in_the_moment_between_check_and_put_is_harmless(storage: Storage) -> None:
-    """The window that no lease closes: a writer stopped right after its check, woken when all is sealed."""
-    ledger = Ledger(storage)
-    ledger.publish(captions(A.name, range(3)))
-    ledger.seal(A, KEPT)
-    ledger.sweep([A])
-    before = sealed_bytes(ledger)
-    late = Ledger(storage)
-    late.seal_of = lambda shard: None  # type: ignore[method-assign] # it looked before the other sealed
-    parts = [publish(late, captions(A.name, range(3), text="late"))]
-    late.__dict__.pop("seal_of")
-    late.seal(A, KEPT)
-    assert sealed_bytes(ledger) == before
-    assert ledger.sweep([A]) == parts and ledger.verify([A]).ok
 
 
 def test_draining_is_seen_by_workers(storage: Storage) -> None:

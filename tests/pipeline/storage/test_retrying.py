@@ -179,15 +179,58 @@ def test_what_waiting_cannot_mend_is_told_at_once(
     assert RETRIES.take() == 0
 
 
-def test_a_wrong_key_is_told_at_once(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from botocore.exceptions import NoCredentialsError
+@pytest.mark.parametrize("kind", ["NoCredentialsError", "CredentialRetrievalError", "TokenRetrievalError"])
+def test_missing_credentials_are_waited_for_a_minute(
+    clock: Clock, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    import botocore.exceptions
 
-    def action() -> None:
-        raise NoCredentialsError
+    error = getattr(botocore.exceptions, kind)(provider="container-role", error_msg="timed out")
 
-    with pytest.raises(PermissionError, match="no credentials"):
-        with_retries(action, "reading x")
-    assert not is_transient(PermissionError("ExpiredToken"))
+    def action(end: float) -> None:
+        if clock.now < end:
+            raise error
+
+    with_retries(lambda: action(40.0), "reading x")
+    (said,) = caplog.messages
+    assert "reading x: storage fails" in said and str(error) in said
+    began = clock.now
+    with pytest.raises(PermissionError, match="reading x: storage got no credentials"):
+        with_retries(lambda: action(1e9), "reading x")
+    assert 40 <= clock.now - began <= 60
+
+
+def test_credentials_that_come_late_are_found(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """s3fs keeps a client that was made without any."""
+    from s3fs import S3FileSystem
+
+    S3FileSystem.clear_instance_cache()
+    storage = Storage(s3_url)
+    keys = {name: os.environ[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    for name in keys:
+        monkeypatch.delenv(name)
+
+    def come(seconds: float) -> None:
+        if RETRIES.take():
+            os.environ.update(keys)
+
+    monkeypatch.setattr(retrying.time, "sleep", come)
+    storage.put_atomic("x", b"1")
+    assert storage.read("x") == b"1"
+    S3FileSystem.clear_instance_cache()
+
+
+def test_a_wrong_key_or_profile_is_told_at_once(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from s3fs import S3FileSystem
+
+    monkeypatch.setenv("AWS_PROFILE", "no-such-profile")
+    S3FileSystem.clear_instance_cache()
+    with pytest.raises(PermissionError, match="no credentials .*no-such-profile"):
+        Storage(s3_url).list()
+    S3FileSystem.clear_instance_cache()
+    assert RETRIES.take() == 0 and not is_transient(PermissionError("ExpiredToken"))
 
 
 def test_a_patient_file_reads_as_a_file_does() -> None:
