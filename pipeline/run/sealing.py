@@ -56,7 +56,7 @@ class Sealing:
         """Takes note of what is done by now."""
         for shard in [shard for shard, task in self._tasks.items() if task.done()]:
             task = self._tasks.pop(shard)
-            if not task.cancelled() and task.exception() is None:
+            if task.exception() is None:
                 self._journal.seal(shard, task.result().stats)
                 self.storage_retries += task.result().storage_retries
 
