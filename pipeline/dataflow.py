@@ -166,7 +166,7 @@ class _Job:
             sealing.collect()
             if not self.session.draining:
                 sealing.advance()
-            return _progress(before.standing, journal.standing, self.session.seconds)
+            return progress_since(before.standing, journal.standing, self.session.seconds)
 
         self.drive([(state.shard, state.remaining) for state in before.to_caption], JOURNAL, look)
         sealing.finish()
@@ -187,7 +187,7 @@ class _Job:
         def look(parts: Sequence[Published]) -> Progress:
             seen.update((part.path, entry.stats) for part in parts for entry in part.entries.values())
             stats = RowStats.total(seen.values())
-            return _progress(
+            return progress_since(
                 Standing(total, 0, RowStats()), Standing(total, stats.rows, stats), self.session.seconds
             )
 
@@ -226,7 +226,7 @@ class _Job:
         return outcome
 
 
-def _progress(before: Standing, now: Standing, seconds: float) -> Progress:
+def progress_since(before: Standing, now: Standing, seconds: float) -> Progress:
     """How far a job is, and what this run added since `before`."""
     good, good_before = (each.stats.rows - each.stats.failed for each in (now, before))
     return Progress(

@@ -105,13 +105,12 @@ class Ledger:
         """
         if not table.num_rows:
             raise ValueError("a part needs at least one row")
-        entries = entries_of(table)
         kept = [name for name in table.column_names if name not in (*IDENTITY, *RESULT_SCHEMA.names)]
         results = table.select(RESULT_SCHEMA.names).cast(RESULT_SCHEMA)
         table = table.select([*IDENTITY, *kept])
         for name in RESULT_SCHEMA.names:
             table = table.append_column(name, results[name])
-        return tuple(self._publish(table, name, entry, folder) for name, entry in entries.items())
+        return tuple(self._publish(table, name, entry, folder) for name, entry in entries_of(table).items())
 
     def _publish(self, table: pa.Table, name: str, entry: Entry, folder: str) -> Published:
         rows = table.filter(pc.equal(table[SHARD], name))

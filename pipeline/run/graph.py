@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 
 import pyarrow as pa
@@ -35,7 +34,7 @@ from pipeline.run.checkpoint import model_path
 from pipeline.run.crashes import RayAttempts, watch
 from pipeline.run.failing import AllFailed, all_failed
 from pipeline.run.progress import Progress
-from pipeline.run.sealing import Sealed, seal
+from pipeline.run.sealing import Sealed, Task, seal
 from pipeline.run.session import Session
 from pipeline.run.stages import DrainingPreprocess, PublishingGenerate, Report, reports_in
 from pipeline.spec.job_spec import JobSpec, ResourcesSpec
@@ -156,15 +155,22 @@ def drive(
         session.watch(work_through, look_on, lacking, verdict)
 
 
-def remote_sealing(ledger: Ledger, kept: pa.Schema) -> Callable[[Shard], Future[Sealed]]:
+def remote_sealing(ledger: Ledger, kept: pa.Schema) -> Callable[[Shard], Task]:
     """Seals a shard in a small task, somewhere on the cluster."""
-    task = ray.remote(num_cpus=cluster.IO_TASK_CPUS)(seal)
+    remote = ray.remote(num_cpus=cluster.IO_TASK_CPUS)(seal)
+    return lambda shard: _RayTask(remote.remote(ledger, kept, shard))
 
-    def start(shard: Shard) -> Future[Sealed]:
-        future: Future[Sealed] = task.remote(ledger, kept, shard).future()
-        return future
 
-    return start
+@dataclass(frozen=True, slots=True)
+class _RayTask:
+    ref: ray.ObjectRef
+
+    def done(self) -> bool:
+        return bool(ray.wait([self.ref], timeout=0)[0])
+
+    def result(self) -> Sealed:
+        sealed: Sealed = ray.get(self.ref)
+        return sealed
 
 
 def _reports(blocks: ray.data.Dataset) -> Iterator[Report]:

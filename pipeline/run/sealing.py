@@ -6,8 +6,9 @@ which parts there are, the task that seals a shard sees for itself, in the shard
 """
 
 from collections.abc import Callable
-from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Protocol
 
 import pyarrow as pa
 
@@ -26,6 +27,13 @@ class Sealed:
     storage_retries: int = 0
 
 
+class Task(Protocol):
+    """A `seal` at work somewhere; `result` waits for it, and raises what it raised."""
+
+    def done(self) -> bool: ...
+    def result(self) -> Sealed: ...
+
+
 def seal(ledger: Ledger, kept: pa.Schema, shard: Shard) -> Sealed:
     """Seals a shard and deletes its parts."""
     stats = ledger.seal(shard, kept)
@@ -39,9 +47,9 @@ class Sealing:
     `start` begins to `seal` a shard somewhere. A task that fails is not started again: the run's end does what it left.
     """
 
-    def __init__(self, journal: Journal, start: Callable[[Shard], Future[Sealed]]) -> None:
+    def __init__(self, journal: Journal, start: Callable[[Shard], Task]) -> None:
         self._journal, self._start = journal, start
-        self._tasks: dict[Shard, Future[Sealed]] = {}
+        self._tasks: dict[Shard, Task] = {}
         self._begun: set[str] = set()
         self.storage_retries = 0
 
@@ -55,12 +63,15 @@ class Sealing:
     def collect(self) -> None:
         """Takes note of what is done by now."""
         for shard in [shard for shard, task in self._tasks.items() if task.done()]:
-            task = self._tasks.pop(shard)
-            if not task.cancelled() and task.exception() is None:
-                self._journal.seal(shard, task.result().stats)
-                self.storage_retries += task.result().storage_retries
+            self._note(shard)
 
     def finish(self) -> None:
         """Waits for what was begun."""
-        wait(self._tasks.values())
-        self.collect()
+        for shard in list(self._tasks):
+            self._note(shard)
+
+    def _note(self, shard: Shard) -> None:
+        with suppress(Exception):  # which the driver meets itself, when it does what the task left
+            sealed = self._tasks.pop(shard).result()
+            self._journal.seal(shard, sealed.stats)
+            self.storage_retries += sealed.storage_retries

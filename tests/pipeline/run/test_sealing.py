@@ -192,7 +192,7 @@ def test_a_shard_is_begun_once_and_a_task_that_fails_is_left_to_the_end(ledger: 
     assert set(begun) == {A.name, B.name, EMPTY.name}
     begun[A.name].set_exception(OSError("the node is gone"))
     begun[B.name].set_result(Sealed(RowStats(5), storage_retries=2))
-    begun[EMPTY.name].cancel()
+    begun[EMPTY.name].set_exception(OSError("the bucket is gone"))
     sealing.finish()
     sealing.advance()
     assert {one.name for one in told.to_seal} == {A.name, EMPTY.name}
