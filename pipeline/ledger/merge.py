@@ -48,7 +48,8 @@ def part_rows(path: str, data: bytes, shard: Shard, schema: pa.Schema) -> pa.Tab
 def opened(file: BinaryIO) -> pq.ParquetFile:
     """A file of the output, whose pages are held against their checksums as they are read.
 
-    Without reading ahead: what that runs in threads of Arrow's own waits for Python's, and hung under load.
+    Without reading ahead: Arrow does that in threads of its own, which call into Python for every range; a `verify` of
+    a million rows was once seen to hang there.
     """
     return pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=False)
 

@@ -148,10 +148,11 @@ def is_transient(error: BaseException) -> bool:
 
 def _look_for_credentials() -> None:
     """botocore looks for credentials when it makes a client, and s3fs keeps its clients, so that one made without
-    any would never have them. Whoever uses them meanwhile is tried again, too."""
-    if s3fs := sys.modules.get("s3fs"):
-        for filesystem in list(s3fs.S3FileSystem._cache.values()):
-            with suppress(Exception):  # the next attempt says why
+    any would never have them: it is made anew."""
+    s3fs = sys.modules.get("s3fs")
+    for filesystem in list(s3fs.S3FileSystem._cache.values()) if s3fs else ():
+        with suppress(Exception):  # the next attempt says why
+            if filesystem._s3._request_signer._credentials is None:
                 filesystem.connect(refresh=True)
 
 
