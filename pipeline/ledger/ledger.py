@@ -1,7 +1,8 @@
 """The ledger: which rows are done, told by the data itself.
 
     <output>/data/<shard>.parquet             sealed: every row of one input shard, in input order
-    <output>/_tessera/spec.json               what captions depend on
+    <output>/_tessera/spec.json               what captions depend on, and where shards' names begin
+    <output>/_tessera/input/*.json            what the files of sealed shards were (content.py)
     <output>/_tessera/journal/part-*.parquet  rows done but not sealed
     <output>/_tessera/retry/part-*.parquet    error rows of sealed shards, done again (retry.py)
     <output>/_tessera/lease.json              which run may write (lease.py)
@@ -24,7 +25,8 @@ The laws (each has a test of its name):
    created, or swapped for the very file it replaces, and never written over blindly.
 5. A part is deleted only after every shard in it is readable as sealed (or was replaced in the input), and soon
    after that, while the run goes on (run/sealing.py): the journal holds the open shards.
-6. A changed input shard is a new shard: rows of its old version count for nothing.
+6. A changed input shard is a new shard: rows of its old version count for nothing. A file that was touched or copied
+   is no changed shard (content.py).
 7. Planning reads footers only, each of them once; so does the recount that a run ends with.
 8. One output holds one spec's captions: a run whose captions would differ is refused.
 9. `_SUCCESS` is written last, only for a verified output, and while no shard of the input is unreadable; it goes
@@ -50,6 +52,7 @@ from actors.schema import IDENTITY, RESULT_SCHEMA
 from pipeline.input.columns import sealed_schema
 from pipeline.input.rows import RowSet
 from pipeline.input.shards import FailedShard, Shard, output_name
+from pipeline.ledger.content import record_content
 from pipeline.ledger.entries import Entry, RowStats, decode, entries_of, to_parquet
 from pipeline.ledger.identity import identity_record, mismatch
 from pipeline.ledger.merge import SealError, altered_rows, merged_file, part_rows
@@ -154,6 +157,7 @@ class Ledger:
             raise SealError(f"{shard.name}: a part is gone while its rows are not sealed ({error})") from None
         data, stats = merged_file(shard, tables, schema)
         del tables  # gigabytes, maybe, and so is the file
+        record_content(self.storage, shard)  # first: whatever is sealed can be recognised
         path = f"{DATA}/{output_name(shard.name)}"
         while not self.storage.create_exclusive(path, data):  # a seal is there, or a file of an older version
             with suppress(FileNotFoundError):
@@ -214,14 +218,15 @@ class Ledger:
         except MissingBucket as error:
             raise SpecError(f"output.path: {error}") from None
 
-    def bind(self, spec: JobSpec) -> None:
-        """As `check`, and writes spec.json: what captions depend on, and the whole spec of the last run.
+    def bind(self, spec: JobSpec, root: str = "") -> None:
+        """As `check`, and writes spec.json: what captions depend on, the root (a URL) at which the names of shards
+        begin, and the whole spec of the last run.
 
         It is swapped for the version that was compared with. It names the run, so that each run's is another version:
         a run that was held up cannot replace its successor's, though both were of the same spec.
         """
         record = identity_record(spec)
-        data = _to_json({**record, "run": self._run})
+        data = _to_json({**record, "root": root, "run": self._run})
         while not self._swap(SPEC, data, self._compare(record)):
             pass
 
