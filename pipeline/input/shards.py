@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 CHANGED = "changed while it was read, and the same command captions it anew"
 _MAGIC = "*?["
+_FSSPEC = ("::", "?versionId=")  # a chain of file systems, a version of an object
 
 
 class InputError(SpecError):
@@ -179,6 +180,9 @@ def _unusable(name: str) -> str:
     """Why a file of this name can have no sealed file of the same name; empty where it can."""
     if any(part in ("", ".", "..") for part in name.split("/")):
         return "has an empty part, '.' or '..' in its name: rename it"
+    for sign in _FSSPEC:
+        if sign in name:
+            return f"has {sign!r} in its name, which means something else in a URL of fsspec's: rename it"
     try:
         name.encode()
     except UnicodeEncodeError:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from actors.generate import Generate
 from actors.preprocess import Preprocess
 from examples.toy.dataset import write_dataset
-from pipeline.input.columns import job_schema
+from pipeline.input.columns import job_schema, with_kept
 from pipeline.input.shards import discover
 from pipeline.ledger.ledger import Ledger
 from pipeline.spec.job_spec import load_spec
@@ -168,7 +168,7 @@ def test_what_is_in_the_journal_is_not_generated_again(tmp_path, ray_address):
     spec = load_spec(SPEC, [argument.removeprefix("--set=") for argument in arguments])
     shards = discover(spec.input).shards
     ledger = Ledger(spec.output.path)
-    ledger.bind(spec)
+    ledger.bind(with_kept(spec, job_schema(spec, shards)))
     source = pq.read_table(tmp_path / "in/part-00000.parquet", columns=job_schema(spec, shards).names).slice(
         5, 10
     )

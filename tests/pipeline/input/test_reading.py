@@ -15,7 +15,6 @@ from pipeline.input import reading
 from pipeline.input.reading import read_rows
 from pipeline.input.rows import RowSet
 from pipeline.input.shards import Shard, discover
-from pipeline.input.versions import changed_among, is_current
 from pipeline.spec.job_spec import InputSpec
 from pipeline.storage.retrying import RetryingFile, StorageError
 from pipeline.storage.storage import Storage
@@ -192,15 +191,6 @@ def test_an_object_that_is_put_anew_while_it_is_read(s3_url: str, tmp_path: Path
     storage.put_atomic("a.parquet", data.replace(b"title", b"TITLE"))
     assert [table.num_rows for _, table in found] == [0]
     assert first[1].to_pylist() + second[1].to_pylist() == rows_of().to_pylist()[:128]
-
-
-def test_a_touch_counts_as_another_version_while_a_file_is_read(tmp_path: Path) -> None:
-    write(tmp_path)
-    (shard,) = discover(InputSpec(path=(str(tmp_path),))).shards
-    assert is_current(shard) and not changed_among([shard])
-    os.utime(shard.url)
-    (changed,) = changed_among([shard])
-    assert str(changed) == f"{shard.url} changed while it was read, and the same command captions it anew"
 
 
 def test_rows_that_a_file_without_versions_lacks_are_told(tmp_path: Path) -> None:
