@@ -170,6 +170,6 @@ def _walk(root: str, below: str, above: tuple[str, ...] = ()) -> Iterator[FileIn
 
 
 def _leads_up(link: str, behind: tuple[str, ...]) -> bool:
-    """Whether a link leads to a folder that it, or a link on the way to it, lies in: its files are listed without it."""
+    """Whether a link leads to a folder that it, or a link on the way to it, lies in: that is listed without it."""
     target = os.path.realpath(link)
     return any(os.path.commonpath([folder, target]) == target for folder in behind)

@@ -1,4 +1,4 @@
-"""Input that changes under a job, as a user meets it: rewritten, touched, grown by a column or a folder, oddly named."""
+"""Input that changes under a job, as a user meets it: rewritten, touched, grown by a column; and odd names."""
 
 import io
 import os
