@@ -52,8 +52,8 @@ def run(spec: JobSpec, show: Display, take_over: bool = False, recaption: bool =
     plan, ledger = ground.ledger.plan(ground.shards), ground.ledger
     if not recaption:
         refuse_recaption(spec, ground.found, ledger)
-    told = not ground.found.unreadable and not ground.found.touched
-    if told and ledger.succeeded(plan) and not ledger.retried():
+    news = ground.found.unreadable or ground.found.touched  # what comparing found is to be put down
+    if not news and ledger.succeeded(plan) and not ledger.retried():
         verification = _verified(ledger, ground.found, show)
         failed = failed_shards(ledger, ground.found, plan)
         return Outcome.of(
@@ -99,7 +99,9 @@ def retry(spec: JobSpec, kinds: Collection[str], show: Display, take_over: bool 
             show.phase("amending sealed shards")
             merge_retried(job.ledger, ground.shards)
         changed = changed_among(shard for shard, _ in failed)
-        return job.finish(changed, lambda _: {"captioned": total})
+        gone = {shard.name for shard in changed}
+        tried = sum(len(rows) for shard, rows in failed if shard.name not in gone)
+        return job.finish(changed, lambda _: {"captioned": tried})
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,8 +27,13 @@ _FIELDS = {"name", "fingerprint", "size", "content", "versions"}
 
 
 def record_content(storage: Storage, shard: Shard) -> None:
-    """Puts down the digest of a shard's file, if that still is the version whose rows were captioned."""
-    content = content_digest(shard)
+    """Puts down the digest of a shard's file, if that still is the version whose rows were captioned.
+
+    Where the file cannot be read any more there is no record: its captions are whole all the same.
+    """
+    content = None
+    with suppress(OSError):
+        content = content_digest(shard)
     if content:
         _write(storage, shard, content, [shard.version])
 

@@ -145,6 +145,7 @@ class Ledger:
         if parts is None:
             parts = plan_of([shard], self.scan()).shards[0].parts
         schema = sealed_schema(kept)
+        record_content(self.storage, shard)  # first: whatever is sealed can be recognised
 
         try:
             tables = in_parallel(
@@ -157,7 +158,6 @@ class Ledger:
             raise SealError(f"{shard.name}: a part is gone while its rows are not sealed ({error})") from None
         data, stats = merged_file(shard, tables, schema)
         del tables  # gigabytes, maybe, and so is the file
-        record_content(self.storage, shard)  # first: whatever is sealed can be recognised
         path = f"{DATA}/{output_name(shard.name)}"
         while not self.storage.create_exclusive(path, data):  # a seal is there, or a file of an older version
             with suppress(FileNotFoundError):

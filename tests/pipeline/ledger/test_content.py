@@ -110,3 +110,15 @@ def test_sealing_puts_the_content_down(place: Storage) -> None:
     put_with_another_etag(place, place.read("in/a.parquet"))
     known, news = known_version(ledger.storage, listed(place), read=True)
     assert news and ledger.plan([known]).finished and not ledger.plan([listed(place)]).finished
+
+
+def test_a_file_that_cannot_be_read_at_its_sealing_costs_the_record_alone(
+    place: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(_: Shard) -> str:
+        raise PermissionError("no right to read it any more")
+
+    monkeypatch.setattr(content, "content_digest", failing)
+    ledger, shard = Ledger(output(place)), listed(place)
+    run_to_the_end(ledger, [shard], [captions(shard.name, range(4), shard.fingerprint)])
+    assert ledger.plan([shard]).finished and not ledger.storage.list(INPUT)
