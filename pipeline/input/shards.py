@@ -21,21 +21,17 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from pipeline.spec.job_spec import InputSpec, SpecError
-from pipeline.storage.files import FileInfo, file_info, in_parallel, list_files, open_filesystem
+from pipeline.input.listing import InputError, expand, outputs_among
+from pipeline.spec.job_spec import InputSpec
+from pipeline.storage.files import FileInfo, in_parallel, is_local, open_filesystem
 from pipeline.storage.footer import NotParquetError, one_line, read_footer
-from pipeline.storage.retrying import MissingBucket, StorageError, with_retries
+from pipeline.storage.retrying import StorageError, with_retries
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 CHANGED = "changed while it was read, and the same command captions it anew"
-_MAGIC = "*?["
 _FSSPEC = ("::", "?versionId=")  # a chain of file systems, a version of an object
-
-
-class InputError(SpecError):
-    """The input cannot be captioned as the spec says; raised before anything starts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +121,8 @@ def discover(source: InputSpec, pinned: str | None = None) -> Input:
     outputs: dict[str, None] = {}
     filesystems: list[AbstractFileSystem] = []
     for url in source.path:
-        filesystem, root, found = _expand(url)
-        own = _outputs_among(filesystem, root, found)
+        filesystem, root, found = expand(url)
+        own = outputs_among(filesystem, root, found)
         files_of_own = tuple(f"{folder}/data/" for folder in own)
         taken = [info for info in found if not info.path.startswith(files_of_own)]
         if not taken:
@@ -173,7 +169,7 @@ def discover(source: InputSpec, pinned: str | None = None) -> Input:
         raise InputError(f"input.path: {unreadable[0]}{more}; remove it from the input, or repair it")
     _refuse_clashes(shards)
     entries = tuple(_url_of(filesystem, entry) for entry in roots)
-    return Input(shards, unreadable, entries, tuple(outputs), _url_of(filesystem, root or "/"))
+    return Input(shards, unreadable, entries, tuple(outputs), _url_of(filesystem, root))
 
 
 def _unusable(name: str) -> str:
@@ -230,7 +226,7 @@ def _root_of(
 
 
 def _lies_in(path: str, folder: str) -> bool:
-    return path == folder or path.startswith(f"{folder}/")
+    return not folder or path == folder or path.startswith(f"{folder}/")
 
 
 def _fingerprint(size: int, token: str) -> str:
@@ -238,7 +234,7 @@ def _fingerprint(size: int, token: str) -> str:
 
 
 def _url_of(filesystem: "AbstractFileSystem", path: str) -> str:
-    return path if os.path.isabs(path) else str(filesystem.unstrip_protocol(path))
+    return (path or "/") if is_local(filesystem) else str(filesystem.unstrip_protocol(path))
 
 
 def _refuse_clashes(shards: Sequence[Shard]) -> None:
@@ -250,71 +246,3 @@ def _refuse_clashes(shards: Sequence[Shard]) -> None:
                 f"input.path: {other.url} and {shard.url} would both be written to "
                 f"data/{output_name(shard.name)}; rename one of them"
             )
-
-
-def _expand(url: str) -> tuple["AbstractFileSystem", str, list[FileInfo]]:
-    """(file system, root, files with full paths) of one entry of input.path."""
-    try:
-        filesystem, path = open_filesystem(url)
-        path = path.rstrip("/") or path
-        try:
-            info = with_retries(lambda: filesystem.info(path), f"reading {url}")
-        except FileNotFoundError:
-            if not any(sign in path for sign in _MAGIC):
-                raise
-            return filesystem, *_expand_glob(filesystem, path)
-        if info["type"] == "directory":
-            return filesystem, path, _expand_folder(filesystem, path)
-        return filesystem, os.path.dirname(path), [file_info(filesystem, path, info)]
-    except FileNotFoundError:
-        raise InputError(f"input.path: {url} does not exist") from None
-    except MissingBucket as error:
-        raise InputError(f"input.path: {error}") from None
-    except StorageError:  # says what failed; the spec is not to blame
-        raise
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"input.path: {url} cannot be read ({error})") from None
-
-
-def _expand_folder(filesystem: "AbstractFileSystem", folder: str) -> list[FileInfo]:
-    return [
-        FileInfo(f"{folder}/{info.path}", info.size, info.token)
-        for info in list_files(filesystem, folder)
-        if info.path.endswith(".parquet") and not _hidden(info.path)
-    ]
-
-
-def _expand_glob(filesystem: "AbstractFileSystem", pattern: str) -> tuple[str, list[FileInfo]]:
-    parts = pattern.split("/")
-    fixed = next(i for i, part in enumerate(parts) if any(sign in part for sign in _MAGIC))
-    root = "/".join(parts[:fixed])
-    files: list[FileInfo] = []
-    found = with_retries(lambda: filesystem.glob(pattern, detail=True), f"listing {pattern}")
-    for path, info in sorted(found.items()):
-        if _hidden(path[len(root) :].lstrip("/")):
-            continue
-        if info["type"] == "directory":
-            files.extend(_expand_folder(filesystem, path))
-        else:
-            files.append(file_info(filesystem, path, info))
-    return root, files
-
-
-def _outputs_among(filesystem: "AbstractFileSystem", root: str, files: Sequence[FileInfo]) -> list[str]:
-    """The folders below `root` that are outputs of Tessera's: their captions lie in data/, beside _tessera/."""
-    suspects: set[str] = set()
-    for info in files:
-        folders = info.path[len(root) :].strip("/").split("/")[:-1]
-        suspects.update(
-            "/".join([root, *folders[:depth]]) for depth in range(1, len(folders)) if folders[depth] == "data"
-        )
-
-    def is_output(folder: str) -> bool:
-        return bool(with_retries(lambda: filesystem.exists(f"{folder}/_tessera"), f"reading {folder}"))
-
-    folders = sorted(suspects)
-    return [folder for folder, found in zip(folders, in_parallel(is_output, folders), strict=True) if found]
-
-
-def _hidden(path: str) -> bool:
-    return any(part.startswith(("_", ".")) for part in path.split("/"))

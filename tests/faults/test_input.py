@@ -97,9 +97,8 @@ def test_a_shard_that_changes_while_a_job_runs_and_what_comes_after(tmp_path, ra
 
 
 ODD = [
-    "ünï/日本 語.parquet", "e\u0301.parquet", "sp ace/ lead.parquet", "100%/a%20b%2Fc.parquet", "q?x=1&y#z.parquet",
-    "[x]/*?.parquet", "{b},+=@!~$HOME.parquet", "quo'te\"s\\.parquet", "a=1/p:2.parquet", "😀.parquet",
-    "k" * 450 + "/" + "l" * 430 + ".parquet",
+    "ünï/日本 語😀.parquet", "e\u0301/ lead.parquet", "100%/a%20b%2Fc.parquet", "q?x=1&y#z,+=@!~$HOME.parquet",
+    "[x]/*?{b}.parquet", "a=1/p:2 quo'te\"s\\.parquet", "k" * 450 + "/" + "l" * 430 + ".parquet",
 ]  # fmt: skip
 REFUSED = ["a//b.parquet", "a::b.parquet"]
 
@@ -121,7 +120,6 @@ def test_oddly_named_objects_are_captioned_or_named(s3_url, tmp_path, ray_addres
     )
     listed = client.list_objects_v2(Bucket=s3_url[5:], Prefix="out/data/")["Contents"]
     assert {item["Key"] for item in listed} == {f"out/data/{name}" for name in ODD}
-    assert tessera("verify", f"{s3_url}/out", "--set=limits.max_failed_shards=2").code == 0
 
     long = [*arguments, f"--set=output.path={s3_url}/{'o' * 200}"]
     refused = tessera("run", SPEC, *long)

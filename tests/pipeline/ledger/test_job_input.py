@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -156,3 +157,14 @@ def test_a_repaired_shard_does_not_ask(root: Path) -> None:
         )
     write("in/a/1.parquet", first=1)
     assert not refused()
+
+
+def test_a_root_above_all_buckets_is_pinned_too(s3_url: str, s3_endpoint: str) -> None:
+    other = f"{s3_url}-2"
+    urllib.request.urlopen(
+        urllib.request.Request(f"{s3_endpoint}/{other[5:]}", method="PUT"), timeout=10
+    ).close()
+    for bucket in (s3_url, other):
+        Storage(bucket).put_atomic("in/1.parquet", Path("in/a/1.parquet").read_bytes())
+    captioned([f"{s3_url}/in", f"{other}/in"])
+    assert names(f"{other}/in") == [f"{other[5:]}/in/1.parquet"]
