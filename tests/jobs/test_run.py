@@ -119,7 +119,8 @@ def test_the_same_on_s3_with_too_many_errors_told(tmp_path, ray_address, s3_endp
     assert done.code == 3
     assert "4 of 20 rows failed (20.0%)" in done.err and "limits.max_failed_fraction=0.1" in done.err
     keys = sorted(item["Key"] for item in client.list_objects_v2(Bucket=bucket, Prefix="out/")["Contents"])
-    assert [key for key in keys if "/runs/" not in key] == [
+    assert sum(key.startswith("out/_tessera/input/") for key in keys) == 2
+    assert [key for key in keys if "/runs/" not in key and "/input/" not in key] == [
         "out/_SUCCESS",
         "out/_tessera/lease.json",
         "out/_tessera/spec.json",
