@@ -63,6 +63,11 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="run a job, or go on with one", description=run_job.__doc__)
     run.add_argument("spec", metavar="JOB.yaml", help="the job spec: a file or any fsspec URL")
+    run.add_argument(
+        "--recaption-changed",
+        action="store_true",
+        help="caption changed shards anew, however many (limits.max_recaption_fraction)",
+    )
     run.set_defaults(command=run_job)
 
     retry = commands.add_parser("retry", help="try error rows again", description=retry_job.__doc__)
@@ -117,7 +122,7 @@ def run_job(options: argparse.Namespace) -> int:
     from pipeline.run.progress import display
 
     with display(spec.name, sys.stderr) as show:
-        outcome = run(spec, show, options.take_over)
+        outcome = run(spec, show, options.take_over, options.recaption_changed)
     return _told(spec, outcome)
 
 
@@ -157,14 +162,15 @@ def _status(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     """Recounts a job from the footers of its files: whether each row of each shard, as it is now, is in a sealed file
     exactly once, and each sealed file as long as it was written. --deep reads every page as well."""
-    from pipeline.input.shards import discover
+    from pipeline.ledger.job_input import listed_input, recognised
     from pipeline.ledger.ledger import Ledger
     from pipeline.ledger.load_job import load_job
     from pipeline.run.outcome import shards_told
 
     spec = load_job(options.spec, options.set)
-    found = discover(spec.input)
-    verification = Ledger(spec.output.path).verify(found.shards, found.unreadable, deep=options.deep)
+    ledger = Ledger(spec.output.path)
+    found = recognised(listed_input(spec, ledger), ledger)
+    verification = ledger.verify(found.shards, found.unreadable, deep=options.deep)
     print(verification.describe())
     if not options.deep:
         print("  by the files' footers; --deep reads every page")

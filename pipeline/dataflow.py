@@ -19,19 +19,21 @@ import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 
-from pipeline.input.columns import job_schema
+from pipeline.input.columns import job_schema, with_kept
 from pipeline.input.rows import RowSet
-from pipeline.input.shards import Input, Shard, discover
+from pipeline.input.shards import FailedShard, Input, Shard
+from pipeline.input.versions import changed_among
 from pipeline.ledger.damage import failed_shards
 from pipeline.ledger.entries import RowStats
+from pipeline.ledger.job_input import listed_input, recognised, refuse_recaption, remember
 from pipeline.ledger.journal import Journal
 from pipeline.ledger.ledger import JOURNAL, RETRY, Ledger
-from pipeline.ledger.overlap import refuse_other_dataset, refuse_overlap
+from pipeline.ledger.overlap import refuse_long_names, refuse_other_dataset, refuse_overlap
 from pipeline.ledger.retry import failed_rows, merge_retried
 from pipeline.ledger.state import Plan, Published, Standing, Verification
 from pipeline.run.checkpoint import check_checkpoint, check_model_path
@@ -43,16 +45,19 @@ from pipeline.spec.job_spec import JobSpec
 from pipeline.storage.files import in_parallel
 
 
-def run(spec: JobSpec, show: Display, take_over: bool = False) -> Outcome:
+def run(spec: JobSpec, show: Display, take_over: bool = False, recaption: bool = False) -> Outcome:
     """Captions every row that has no caption yet, seals, verifies, and says how it went.
 
-    Raises SpecError or LedgerMismatch for a job that must not start, LeaseHeld where another run is at it (unless
-    `take_over`), ClusterError where it cannot be placed, JobError, AllFailed, LeaseLost or Stopped for one that ended
-    early; whatever was published by then is kept.
+    Raises SpecError or LedgerMismatch for a job that must not start (one that would caption too many rows again, unless
+    `recaption`), LeaseHeld where another run is at it (unless `take_over`), ClusterError where it cannot be placed,
+    JobError, AllFailed, LeaseLost or Stopped for one that ended early; whatever was published by then is kept.
     """
     ground = _look_at(spec, show)
     plan, ledger = ground.ledger.plan(ground.shards), ground.ledger
-    if not ground.found.unreadable and ledger.succeeded(plan) and not ledger.retried():
+    if not recaption:
+        refuse_recaption(spec, ground.found, ledger)
+    news = ground.found.unreadable or ground.found.touched  # what comparing found is to be put down
+    if not news and ledger.succeeded(plan) and not ledger.retried():
         verification = _verified(ledger, ground.found, show)
         failed = failed_shards(ledger, ground.found, plan)
         return Outcome.of(
@@ -61,7 +66,8 @@ def run(spec: JobSpec, show: Display, take_over: bool = False) -> Outcome:
     if plan.to_caption:
         _check_checkpoint(spec, show)
     with _open_job(spec, ground, show, take_over) as job:
-        job.ledger.bind(spec)
+        job.ledger.bind(with_kept(spec, ground.kept), ground.found.root)
+        remember(ground.found, job.ledger)
         plan = job.plan()
         if not plan.finished:
             job.ledger.clear_success()
@@ -70,12 +76,15 @@ def run(spec: JobSpec, show: Display, take_over: bool = False) -> Outcome:
         show.phase("sealing")
         job.seal_the_rest()
         merge_retried(job.ledger, ground.shards)
-        job.ledger.sweep(ground.shards)
+        changed = job.sweep()
+        gone = {shard.name for shard in changed}
+        before = replace(plan, shards=tuple(state for state in plan.shards if state.shard.name not in gone))
         return job.finish(
+            changed,
             lambda stats: {
-                "captioned": stats.rows - plan.rows_done,
-                "generated_tokens": stats.generated_tokens - plan.stats.generated_tokens,
-            }
+                "captioned": stats.rows - before.rows_done,
+                "generated_tokens": stats.generated_tokens - before.stats.generated_tokens,
+            },
         )
 
 
@@ -92,7 +101,10 @@ def retry(spec: JobSpec, kinds: Collection[str], show: Display, take_over: bool 
             job.retry(failed, total)
             show.phase("amending sealed shards")
             merge_retried(job.ledger, ground.shards)
-        return job.finish(lambda _: {"captioned": total})
+        changed = changed_among(shard for shard, _ in failed)
+        gone = {shard.name for shard in changed}
+        tried = sum(len(rows) for shard, rows in failed if shard.name not in gone)
+        return job.finish(changed, lambda _: {"captioned": tried})
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +124,14 @@ def _look_at(spec: JobSpec, show: Display) -> _Ground:
     """Raises what speaks against the job before anything is written."""
     _prepare_ray()
     show.phase("looking at input and output")
-    found = discover(spec.input)
+    ledger = Ledger(spec.output.path)
+    found = listed_input(spec, ledger)
     refuse_overlap(spec, found)
+    refuse_long_names(spec, found)
     kept = job_schema(spec, found.shards)
     check_model_path(spec)
-    ledger = Ledger(spec.output.path)
-    ledger.check(spec)
+    ledger.check(with_kept(spec, kept))
+    found = recognised(found, ledger, say=show.phase)
     refuse_other_dataset(spec, found, ledger)
     return _Ground(found, kept, ledger)
 
@@ -206,18 +220,32 @@ class _Job:
 
         drive(self.spec, self.session, [ShardWork(*each) for each in rows], self.ground.kept, folder, look)
 
-    def finish(self, figures: Callable[[RowStats], dict[str, Any]]) -> Outcome:
-        """Recounts and marks the output. `figures` makes the counts of this run from the statistics of the whole."""
-        verification = _verified(self.ledger, self.ground.found, self.show)
+    def sweep(self) -> tuple[FailedShard, ...]:
+        """Deletes the parts that nothing needs any more, and returns the shards that changed while they were read: none
+        of them is sealed, and captions of a version that is gone are of no use."""
+        changed = changed_among(state.shard for state in self.plan().shards if not state.sealed)
+        gone = {shard.name for shard in changed}
+        self.ledger.sweep(
+            [replace(shard, fingerprint="") if shard.name in gone else shard for shard in self.ground.shards]
+        )
+        return changed
+
+    def finish(
+        self, changed: Sequence[FailedShard], figures: Callable[[RowStats], dict[str, Any]]
+    ) -> Outcome:
+        """Recounts and marks the output, but for shards that `changed` while they were read. `figures` makes the
+        counts of this run from the statistics of the whole."""
+        found = self.ground.found.without(changed)
+        verification = _verified(self.ledger, found, self.show)
         if verification.unreadable:  # _SUCCESS says that every row of the input is there
             self.ledger.clear_success()
         else:
             self.ledger.write_success(verification)
         outcome = Outcome.of(
             self.spec,
-            self.ground.found,
+            found,
             verification,
-            failed_shards(self.ledger, self.ground.found, self.plan()),
+            failed_shards(self.ledger, found, self.ledger.plan(found.shards)),
             **figures(verification.stats),
             seconds=self.session.seconds,
             storage_retries=self.session.retries(),

@@ -35,6 +35,14 @@ def kept_columns(spec: JobSpec, schema: pa.Schema) -> tuple[str, ...]:
     return tuple(f.name for f in schema if f.name not in pictures and not _is_image_struct(f.type))
 
 
+def with_kept(spec: JobSpec, kept: pa.Schema) -> JobSpec:
+    """The spec with `input.keep` as the columns that it stands for (`job_schema`): what an output remembers.
+
+    So a job that kept all columns goes on when a later shard has one more and `input.keep` names those there were.
+    """
+    return spec.model_copy(update={"input": spec.input.model_copy(update={"keep": tuple(kept.names)})})
+
+
 def needed_columns(spec: JobSpec, schema: pa.Schema) -> tuple[str, ...]:
     """Columns that travel beside the pictures: prompt or template fields, and kept ones; each once."""
     prompt = spec.prompt.fields if spec.input.prompt is None else (spec.input.prompt,)

@@ -4,6 +4,10 @@ Why: of a thousand shards one has a smashed page. That must cost the rows of the
 not the job. A row group yields what it can, the rest of its rows are told as unreadable, and reading goes on with the
 next one. Page checksums are verified where a file has them; without them, a changed byte that still decodes is not
 noticed by anyone.
+
+A file that is rewritten while it is read is not damaged. Rows leave here only if the file, after their bytes were read,
+still was the version that was listed; once it is another one, no more rows come of it. So captions under a version's
+fingerprint are captions of that version, and the rest of the shard waits for a run that lists the new one.
 """
 
 from collections.abc import Iterator
@@ -13,6 +17,7 @@ import pyarrow.parquet as pq
 
 from pipeline.input.rows import RowSet
 from pipeline.input.shards import Shard
+from pipeline.input.versions import is_current
 from pipeline.storage.files import open_file, open_filesystem
 from pipeline.storage.footer import one_line
 from pipeline.storage.retrying import StorageError
@@ -30,8 +35,24 @@ Found = tuple[list[int], pa.Table | str]
 def read_rows(shard: Shard, rows: RowSet, schema: pa.Schema) -> Iterator[Found]:
     """The columns of `schema` of some rows of a shard: in order, all of them, at most `READ_ROWS` at once.
 
-    Raises StorageError or another OSError where storage fails: that says nothing about the rows.
+    Of a file that is not the version that was listed any more no further rows come, but an empty table. Raises
+    StorageError or another OSError where storage fails: that says nothing about the rows.
     """
+    try:
+        for found in _read_version(shard, rows, schema):
+            if not is_current(shard):
+                break
+            yield found
+        else:
+            return
+    except OSError:
+        if is_current(shard):
+            raise
+    yield [], schema.empty_table()
+
+
+def _read_version(shard: Shard, rows: RowSet, schema: pa.Schema) -> Iterator[Found]:
+    """`read_rows`, of whatever version the file is by now."""
     filesystem, path = open_filesystem(shard.url)
     start = 0
     with open_file(filesystem, path, shard.size) as file:
@@ -47,7 +68,7 @@ def read_rows(shard: Shard, rows: RowSet, schema: pa.Schema) -> Iterator[Found]:
             if wanted := rows.within(start, stop):
                 yield from _read_group(parquet, group, shard, start, wanted, schema)
             start = stop
-    # Only of a file that was replaced after it was listed; the next run takes it as a new shard.
+    # Only of a file that was replaced in a store that tells no versions.
     yield from _unread(rows.within(start, shard.rows), f"{shard.name} has only {start:,} rows now")
 
 

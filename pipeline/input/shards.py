@@ -5,7 +5,9 @@ its content must not change unnoticed.
 
 A name is the path relative to the input's root, and the root follows from the spec, not from the files found: a
 folder is its own root, a glob's root is its fixed part, a file's its folder, a list's the deepest folder common to
-its entries' roots. A fingerprint of size and etag (locally: mtime) stands for content.
+its entries' roots. An output keeps the root of its first run (ledger/job_input.py), so that a second folder in
+input.path renames nothing. A fingerprint of size and etag (locally: mtime) names a version; what it cannot tell,
+whether another version holds the same bytes, is told in versions.py.
 
 A file whose footer cannot be read is set apart by name, and the job goes on without it: one damaged file must not
 stop a thousand good ones. It counts against `limits.max_failed_shards` at the end (ledger/damage.py).
@@ -14,24 +16,22 @@ stop a thousand good ones. It counts against `limits.max_failed_shards` at the e
 import hashlib
 import os.path
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from pipeline.spec.job_spec import InputSpec, SpecError
-from pipeline.storage.files import FileInfo, file_info, in_parallel, list_files, open_filesystem
+from pipeline.input.listing import InputError, expand, outputs_among
+from pipeline.spec.job_spec import InputSpec
+from pipeline.storage.files import FileInfo, in_parallel, is_local, open_filesystem
 from pipeline.storage.footer import NotParquetError, one_line, read_footer
-from pipeline.storage.retrying import MissingBucket, StorageError, with_retries
+from pipeline.storage.retrying import StorageError, with_retries
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-_MAGIC = "*?["
-
-
-class InputError(SpecError):
-    """The input cannot be captioned as the spec says; raised before anything starts."""
+CHANGED = "changed while it was read, and the same command captions it anew"
+_FSSPEC = ("::", "?versionId=")  # a chain of file systems, a version of an object
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +41,15 @@ class Shard:
     name: str  # path relative to the input root, "/"-separated
     url: str  # any fsspec URL; a local path is absolute
     rows: int
-    fingerprint: str  # 12 hex digits over size and etag or mtime
+    fingerprint: str  # 12 hex digits: `version`, or that of an earlier one with the same content
     size: int  # bytes
     schema: pa.Schema = field(repr=False, compare=False)
+    token: str = ""  # changes with the file (FileInfo.token); empty where the store tells nothing
+
+    @property
+    def version(self) -> str:
+        """The fingerprint of the file as it was listed, by size and token."""
+        return _fingerprint(self.size, self.token)
 
     @property
     def root(self) -> str:
@@ -65,6 +71,11 @@ class FailedShard:
         because = f" ({message})" if message else ""
         return cls(shard.name, shard.url, f"has {rows:,} of {shard.rows:,} rows that cannot be read{because}")
 
+    @classmethod
+    def changed(cls, shard: Shard) -> "FailedShard":
+        """A shard whose file is another one than was listed, so that its rest was not read."""
+        return cls(shard.name, shard.url, CHANGED)
+
     def __str__(self) -> str:
         return f"{self.url} {self.reason}"
 
@@ -73,22 +84,34 @@ class FailedShard:
 class Input:
     """What lies under input.path, sorted by name: shards, and files that cannot be opened as such.
 
-    `roots` are the folders that the entries of input.path name; `outputs` the folders below them with captions of
-    Tessera's own, which are passed over. Both are URLs.
+    `root` is where names begin; `roots` are the folders that the entries of input.path name; `outputs` the folders
+    below them with captions of Tessera's own, which are passed over. All are URLs. `touched` names the shards whose
+    file is another version with the content of an earlier one, as reading them has shown (ledger/job_input.py).
     """
 
     shards: tuple[Shard, ...]
     unreadable: tuple[FailedShard, ...] = ()
     roots: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
+    root: str = ""
+    touched: tuple[str, ...] = ()
+
+    def without(self, failed: Sequence[FailedShard]) -> "Input":
+        """The input with some of its shards set apart."""
+        names = {shard.name for shard in failed}
+        shards = tuple(shard for shard in self.shards if shard.name not in names)
+        return replace(self, shards=shards, unreadable=(*self.unreadable, *failed))
 
     def notes(self) -> list[str]:
         """What people are told of files that were passed over."""
         return [f"note: {url} is an output of Tessera's own and not read as input" for url in self.outputs]
 
 
-def discover(source: InputSpec) -> Input:
+def discover(source: InputSpec, pinned: str | None = None) -> Input:
     """The job's input; reads every footer once, in parallel. Raises InputError where there is nothing to read.
+
+    `pinned` is the root (a URL) at which names began before. They begin there again, if every entry of input.path lies
+    in it; if none does, it is an input of its own, and it takes an InputError to have both.
 
     Names that begin with "_" or "." are passed over in folders and globs, and so are outputs of Tessera's own below
     them. A file that is named in the spec is taken whatever its name.
@@ -98,8 +121,8 @@ def discover(source: InputSpec) -> Input:
     outputs: dict[str, None] = {}
     filesystems: list[AbstractFileSystem] = []
     for url in source.path:
-        filesystem, root, found = _expand(url)
-        own = _outputs_among(filesystem, root, found)
+        filesystem, root, found = expand(url)
+        own = outputs_among(filesystem, root, found)
         files_of_own = tuple(f"{folder}/data/" for folder in own)
         taken = [info for info in found if not info.path.startswith(files_of_own)]
         if not taken:
@@ -114,11 +137,11 @@ def discover(source: InputSpec) -> Input:
             "input.path: all its entries must lie in one kind of storage, or rows have no common root"
         )
     filesystem = filesystems[0]
-    root = os.path.commonpath(roots).rstrip("/")
+    root = _root_of(filesystem, source.path, roots, pinned)
     schemas: dict[str, pa.Schema] = {}
 
     def read(info: FileInfo) -> Shard | FailedShard:
-        name = info.path[len(root) :].lstrip("/") if root else info.path
+        name = info.path.removeprefix(root).removeprefix("/")
         url = _url_of(filesystem, info.path)
         if wrong := _unusable(name):
             printable = name.encode(errors="backslashreplace").decode()
@@ -135,7 +158,8 @@ def discover(source: InputSpec) -> Input:
             return FailedShard(name, url, "was deleted after it had been listed")
         except (OSError, ValueError, pa.ArrowException) as error:
             return FailedShard(name, url, f"cannot be read ({one_line(error)})")
-        return Shard(name, url, footer.num_rows, _fingerprint(info), info.size, schema)
+        version = _fingerprint(info.size, info.token)
+        return Shard(name, url, footer.num_rows, version, info.size, schema, info.token)
 
     results = in_parallel(read, sorted(files.values(), key=lambda info: info.path))
     shards = tuple(result for result in results if isinstance(result, Shard))
@@ -144,13 +168,17 @@ def discover(source: InputSpec) -> Input:
         more = f" (and {len(unreadable) - 1:,} more files like it)" if len(unreadable) > 1 else ""
         raise InputError(f"input.path: {unreadable[0]}{more}; remove it from the input, or repair it")
     _refuse_clashes(shards)
-    return Input(shards, unreadable, tuple(_url_of(filesystem, root) for root in roots), tuple(outputs))
+    entries = tuple(_url_of(filesystem, entry) for entry in roots)
+    return Input(shards, unreadable, entries, tuple(outputs), _url_of(filesystem, root))
 
 
 def _unusable(name: str) -> str:
     """Why a file of this name can have no sealed file of the same name; empty where it can."""
     if any(part in ("", ".", "..") for part in name.split("/")):
         return "has an empty part, '.' or '..' in its name: rename it"
+    for sign in _FSSPEC:
+        if sign in name:
+            return f"has {sign!r} in its name, which means something else in a URL of fsspec's: rename it"
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -174,12 +202,39 @@ def shard_schema(url: str) -> pa.Schema:
     return footer.schema.to_arrow_schema().remove_metadata()
 
 
-def _fingerprint(info: FileInfo) -> str:
-    return hashlib.sha256(f"{info.size}:{info.token}".encode()).hexdigest()[:12]
+def _root_of(
+    filesystem: "AbstractFileSystem", entries: Sequence[str], roots: Sequence[str], pinned: str | None
+) -> str:
+    """Where names begin: at the root that is pinned, or else in the deepest folder common to all roots."""
+    common = os.path.commonpath(roots).rstrip("/")
+    if pinned is None:
+        return common
+    storage, before = open_filesystem(pinned)
+    before = before.rstrip("/")
+    if type(storage) is not type(filesystem):
+        return common
+    outside = [entry for entry, root in zip(entries, roots, strict=True) if not _lies_in(root, before)]
+    if not outside:
+        return before
+    if len(outside) < len(entries):
+        raise InputError(
+            f"input.path: {outside[0]} lies outside of {pinned}, where the names of this output's shards begin, and "
+            "with another beginning its captions would not be found; caption it into an output of its own, or move "
+            f"it into {pinned}"
+        )
+    return common
+
+
+def _lies_in(path: str, folder: str) -> bool:
+    return not folder or path == folder or path.startswith(f"{folder}/")
+
+
+def _fingerprint(size: int, token: str) -> str:
+    return hashlib.sha256(f"{size}:{token}".encode()).hexdigest()[:12]
 
 
 def _url_of(filesystem: "AbstractFileSystem", path: str) -> str:
-    return path if os.path.isabs(path) else str(filesystem.unstrip_protocol(path))
+    return (path or "/") if is_local(filesystem) else str(filesystem.unstrip_protocol(path))
 
 
 def _refuse_clashes(shards: Sequence[Shard]) -> None:
@@ -191,71 +246,3 @@ def _refuse_clashes(shards: Sequence[Shard]) -> None:
                 f"input.path: {other.url} and {shard.url} would both be written to "
                 f"data/{output_name(shard.name)}; rename one of them"
             )
-
-
-def _expand(url: str) -> tuple["AbstractFileSystem", str, list[FileInfo]]:
-    """(file system, root, files with full paths) of one entry of input.path."""
-    try:
-        filesystem, path = open_filesystem(url)
-        path = path.rstrip("/") or path
-        try:
-            info = with_retries(lambda: filesystem.info(path), f"reading {url}")
-        except FileNotFoundError:
-            if not any(sign in path for sign in _MAGIC):
-                raise
-            return filesystem, *_expand_glob(filesystem, path)
-        if info["type"] == "directory":
-            return filesystem, path, _expand_folder(filesystem, path)
-        return filesystem, os.path.dirname(path), [file_info(filesystem, path, info)]
-    except FileNotFoundError:
-        raise InputError(f"input.path: {url} does not exist") from None
-    except MissingBucket as error:
-        raise InputError(f"input.path: {error}") from None
-    except StorageError:  # says what failed; the spec is not to blame
-        raise
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"input.path: {url} cannot be read ({error})") from None
-
-
-def _expand_folder(filesystem: "AbstractFileSystem", folder: str) -> list[FileInfo]:
-    return [
-        FileInfo(f"{folder}/{info.path}", info.size, info.token)
-        for info in list_files(filesystem, folder)
-        if info.path.endswith(".parquet") and not _hidden(info.path)
-    ]
-
-
-def _expand_glob(filesystem: "AbstractFileSystem", pattern: str) -> tuple[str, list[FileInfo]]:
-    parts = pattern.split("/")
-    fixed = next(i for i, part in enumerate(parts) if any(sign in part for sign in _MAGIC))
-    root = "/".join(parts[:fixed])
-    files: list[FileInfo] = []
-    found = with_retries(lambda: filesystem.glob(pattern, detail=True), f"listing {pattern}")
-    for path, info in sorted(found.items()):
-        if _hidden(path[len(root) :].lstrip("/")):
-            continue
-        if info["type"] == "directory":
-            files.extend(_expand_folder(filesystem, path))
-        else:
-            files.append(file_info(filesystem, path, info))
-    return root, files
-
-
-def _outputs_among(filesystem: "AbstractFileSystem", root: str, files: Sequence[FileInfo]) -> list[str]:
-    """The folders below `root` that are outputs of Tessera's: their captions lie in data/, beside _tessera/."""
-    suspects: set[str] = set()
-    for info in files:
-        folders = info.path[len(root) :].strip("/").split("/")[:-1]
-        suspects.update(
-            "/".join([root, *folders[:depth]]) for depth in range(1, len(folders)) if folders[depth] == "data"
-        )
-
-    def is_output(folder: str) -> bool:
-        return bool(with_retries(lambda: filesystem.exists(f"{folder}/_tessera"), f"reading {folder}"))
-
-    folders = sorted(suspects)
-    return [folder for folder, found in zip(folders, in_parallel(is_output, folders), strict=True) if found]
-
-
-def _hidden(path: str) -> bool:
-    return any(part.startswith(("_", ".")) for part in path.split("/"))

@@ -31,6 +31,8 @@ def caption_fields(spec: JobSpec) -> dict[str, Any]:
     if os.path.isdir(spec.model.path):
         del fields["model.path"]
         fields["model.weights"] = weights_fingerprint(absolute(spec.model.path))
+    if spec.input.keep is not None:  # a set: their order is a matter of looks
+        fields["input.keep"] = sorted(spec.input.keep)
     return {**fields, "tessera.captions": CAPTIONS, "tessera.format": FORMAT}
 
 

@@ -1,7 +1,8 @@
 """The ledger: which rows are done, told by the data itself.
 
     <output>/data/<shard>.parquet                     sealed: every row of one input shard, in input order
-    <output>/_tessera/spec.json                       what captions depend on
+    <output>/_tessera/spec.json                       what captions depend on, and where shards' names begin
+    <output>/_tessera/input/*.json                    what the files of sealed shards were (content.py)
     <output>/_tessera/journal/<shard>/part-*.parquet  rows done but not sealed
     <output>/_tessera/retry/<shard>/part-*.parquet    error rows of sealed shards, done again (retry.py)
     <output>/_tessera/lease.json                      which run may write (lease.py)
@@ -24,7 +25,8 @@ The laws (each has a test of its name):
    created, or swapped for the very file it replaces, and never written over blindly.
 5. A part is deleted only after its shard is readable as sealed (or was replaced in the input), and soon after that,
    while the run goes on (run/sealing.py): the journal holds the open shards.
-6. A changed input shard is a new shard: rows of its old version count for nothing.
+6. A changed input shard is a new shard: rows of its old version count for nothing. A file that was touched or copied
+   is no changed shard (content.py).
 7. Planning reads footers only, each of them once, and a run plans when it begins and when its pipeline is over: in
    between, the records of new parts come back with the rows (journal.py). The recount that it ends with reads footers
    again.
@@ -54,6 +56,7 @@ from actors.schema import IDENTITY, RESULT_SCHEMA, SHARD
 from pipeline.input.columns import sealed_schema
 from pipeline.input.rows import RowSet
 from pipeline.input.shards import FailedShard, Shard, output_name
+from pipeline.ledger.content import record_content
 from pipeline.ledger.entries import Entry, RowStats, decode, entries_of, to_parquet
 from pipeline.ledger.identity import identity_record, mismatch, recorded
 from pipeline.ledger.merge import SealError, altered_rows, merged_file, part_rows
@@ -156,6 +159,7 @@ class Ledger:
         if seal:
             return seal.stats
         schema = sealed_schema(kept)
+        record_content(self.storage, shard)  # first: whatever is sealed can be recognised
 
         def rows(path: str) -> pa.Table | None:
             data = self.storage.read(path)
@@ -249,14 +253,15 @@ class Ledger:
                 f"output.path: {self.storage.url} is a file, or lies below one; name a folder"
             ) from None
 
-    def bind(self, spec: JobSpec) -> None:
-        """As `check`, and writes spec.json: what captions depend on, and the whole spec of the last run.
+    def bind(self, spec: JobSpec, root: str = "") -> None:
+        """As `check`, and writes spec.json: what captions depend on, the root (a URL) at which the names of shards
+        begin, and the whole spec of the last run.
 
         It is swapped for the version that was compared with. It names the run, so that each run's is another version:
         a run that was held up cannot replace its successor's, though both were of the same spec.
         """
         record = identity_record(spec)
-        data = _to_json({**record, "run": self._run})
+        data = _to_json({**record, "root": root, "run": self._run})
         while not self._swap(SPEC, data, self._compare(record)):
             pass
 
@@ -364,7 +369,7 @@ def _folder(shard_name: str) -> str:
 def _holds(data: bytes, shard: Shard) -> bool:
     """Whether a part is whole and has rows of this version of a shard."""
     try:
-        entry = decode(pq.read_metadata(pa.BufferReader(data))).get(shard.name)
+        entry = decode(pq.read_metadata(pa.BufferReader(data)), len(data)).get(shard.name)
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):
         return False
     return entry is not None and entry.fingerprint == shard.fingerprint

@@ -1,4 +1,4 @@
-"""Refusals of an output.path that is the input's own folder, or another dataset's output.
+"""Refusals of an output.path that is the input's own folder, another dataset's output, or too long for its names.
 
 Why: captions written where the input lies are input of every job to come, and a sealed shard could replace the very
 file it was made from. A forgotten output.path would mix two datasets in one output, and where shards of both have the
@@ -9,13 +9,16 @@ import os.path
 import posixpath
 from collections.abc import Iterable
 
-from pipeline.input.shards import Input
+from pipeline.input.shards import Input, output_name
 from pipeline.ledger.identity import recorded
 from pipeline.ledger.ledger import DATA, SPEC, Ledger
 from pipeline.spec.job_spec import JobSpec, SpecError
-from pipeline.storage.files import is_local, open_filesystem
+from pipeline.storage.files import is_local, is_s3, open_filesystem
 
 _NAMED = 3  # shards in a message
+_KEY_BYTES = 1024  # S3's limit
+_PART_BYTES, _PATH_BYTES = 255, 4095  # Linux's limits for a part of a path and for the whole
+_OWN_BYTES = 64  # of the longest folder and file name that Tessera puts around a shard's name
 
 
 def refuse_overlap(spec: JobSpec, found: Input) -> None:
@@ -31,6 +34,31 @@ def refuse_overlap(spec: JobSpec, found: Input) -> None:
                 f"output.path: {spec.output.path} is where input.path ({', '.join(spec.input.path)}) finds {named}; "
                 "captions there would be read as input by later jobs, or replace it: set output.path to a folder "
                 "of its own"
+            )
+
+
+def refuse_long_names(spec: JobSpec, found: Input) -> None:
+    """Raises SpecError where a shard's sealed file would have a longer name than the output's storage takes.
+
+    Told before anything starts: a disk and S3 tell it when the shard, captioned, is to be written.
+    """
+    filesystem, root = open_filesystem(spec.output.path)
+    if is_local(filesystem):
+        limit, within = _PATH_BYTES, root
+    elif is_s3(filesystem):
+        limit, within = _KEY_BYTES, root.partition("/")[2]
+    else:
+        return
+    for shard in found.shards:
+        name = output_name(shard.name)
+        length = len(f"{within}/{name}".encode()) + _OWN_BYTES
+        part = max(len(part.encode()) for part in name.split("/"))
+        if length > limit or (is_local(filesystem) and part > _PART_BYTES):
+            raise SpecError(
+                f"output.path: {spec.output.path} cannot hold the captions of {shard.url}: their names would be longer "
+                f"than its storage takes ({limit:,} bytes"
+                + (f", {_PART_BYTES} between two slashes" if is_local(filesystem) else "")
+                + "); choose a shorter output.path, or shorten the shard's name"
             )
 
 

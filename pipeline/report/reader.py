@@ -17,7 +17,9 @@ import pyarrow.parquet as pq
 
 from actors.schema import ERROR, IMAGES, READ, ROW, VIDEO
 from pipeline.input.rows import RowSet
-from pipeline.input.shards import FailedShard, Shard, discover, output_name
+from pipeline.input.shards import FailedShard, Shard, output_name
+from pipeline.ledger.job_input import listed_input
+from pipeline.ledger.ledger import Ledger
 from pipeline.report.page import Card, CardError, ErrorGroup, Section, SectionStats
 from pipeline.run.outcome import shards_told
 from pipeline.spec.job_spec import JobSpec, SpecError
@@ -107,7 +109,7 @@ def read_section(
     Of more than `max_shards` sealed shards as many are read, evenly spread, and the section says so.
     """
     output = Storage(spec.output.path)
-    found = discover(spec.input)
+    found = listed_input(spec, Ledger(spec.output.path))
     sealed = [shard for shard in found.shards if output.exists(_sealed_path(shard))]
     shards = _spread(sealed, max_shards)
     tally = _Tally(first_rows=-(-limit // max(1, len(shards))))

@@ -1,7 +1,7 @@
 """How far a job is, for people: from its files alone, from any machine, while it runs or not."""
 
-from pipeline.input.shards import discover
 from pipeline.ledger.damage import failed_shards
+from pipeline.ledger.job_input import listed_input, recognised
 from pipeline.ledger.ledger import Ledger
 from pipeline.run.outcome import notes_of
 from pipeline.spec.job_spec import JobSpec
@@ -13,8 +13,8 @@ _FAILED = 20  # shards that cannot be read are named
 
 def status(spec: JobSpec) -> str:
     """A few lines: shards sealed and open, rows done, missing and failed by kind, the last runs, who is at it."""
-    found = discover(spec.input)
     ledger = Ledger(spec.output.path)
+    found = recognised(listed_input(spec, ledger), ledger, read=False)
     plan = ledger.plan(found.shards, found.unreadable)
     sealed = sum(state.sealed for state in plan.shards)
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in plan.stats.errors.items())

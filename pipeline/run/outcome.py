@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.input.shards import FailedShard, Input
+from pipeline.input.shards import CHANGED, FailedShard, Input
 from pipeline.ledger.entries import RowStats
 from pipeline.ledger.state import Verification
 from pipeline.spec.job_spec import JobSpec, LimitsSpec
@@ -69,9 +69,10 @@ class Outcome:
         """One sentence about what failed beyond the job's limits, if anything did."""
         reasons = []
         if len(self.failed) > limits.max_failed_shards:
+            damaged = any(shard.reason != CHANGED for shard in self.failed)
             reasons.append(
                 f"{shards_told(self.failed)}; that is more than limits.max_failed_shards={limits.max_failed_shards} "
-                "allows: repair or remove them and run again"
+                f"allows{': repair or remove them and run again' * damaged}"
             )
         if self.failed_fraction > limits.max_failed_fraction:
             reasons.append(

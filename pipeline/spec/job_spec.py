@@ -200,11 +200,13 @@ class OutputSpec(_Section):
 class LimitsSpec(_Section):
     """A job that is done exits 3 above `max_failed_fraction`, the share of error rows, or `max_failed_shards`, the
     number of input files that cannot be read, wholly or in part. A run stops with 3 once `stop_after_failures` rows,
-    all so far, failed with one kind of error (null: never). `max_pixels`: of one image."""
+    all so far, failed with one kind of error (null: never). A run over changed shards that hold more than
+    `max_recaption_fraction` of the rows captioned is refused until it is asked for. `max_pixels`: of one image."""
 
     max_failed_fraction: Real = Field(default=0.05, ge=0, le=1)
     max_failed_shards: Count = Field(default=0, ge=0)
     stop_after_failures: Annotated[Count, Field(ge=1)] | None = 200
+    max_recaption_fraction: Real = Field(default=0.1, ge=0, le=1)
     max_pixels: Count = Field(default=178_956_970, ge=1)
 
 

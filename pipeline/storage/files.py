@@ -172,7 +172,8 @@ def _s3_objects(
         request["ContinuationToken"] = page["NextContinuationToken"]
 
 
-def _walk(root: str, below: str) -> Iterator[FileInfo]:
+def _walk(root: str, below: str, above: tuple[str, ...] = ()) -> Iterator[FileInfo]:
+    """Files below `root/below`, through links to folders; `above` are the real folders that such links were in."""
     try:
         entries = list(os.scandir(os.path.join(root, below)))
     except FileNotFoundError:
@@ -183,8 +184,10 @@ def _walk(root: str, below: str) -> Iterator[FileInfo]:
             if not entry.is_dir():
                 status = entry.stat()
                 yield FileInfo(path, status.st_size, str(status.st_mtime_ns))
-            elif not (entry.is_symlink() and _leads_up(root, path)):
-                yield from _walk(root, f"{path}/")
+            elif not entry.is_symlink():
+                yield from _walk(root, f"{path}/", above)
+            elif not _leads_up(entry.path, behind := (*above, os.path.realpath(os.path.dirname(entry.path)))):
+                yield from _walk(root, f"{path}/", behind)
         except OSError:
             if (
                 entry.is_symlink()
@@ -195,7 +198,7 @@ def _walk(root: str, below: str) -> Iterator[FileInfo]:
             # else it was deleted while listing
 
 
-def _leads_up(root: str, path: str) -> bool:
-    """Whether a link leads to a folder that it lies in: all files there are listed without it."""
-    here, target = (os.path.realpath(part) for part in (os.path.dirname(f"{root}/{path}"), f"{root}/{path}"))
-    return os.path.commonpath([here, target]) == target
+def _leads_up(link: str, behind: tuple[str, ...]) -> bool:
+    """Whether a link leads to a folder that it, or a link on the way to it, lies in: that is listed without it."""
+    target = os.path.realpath(link)
+    return any(os.path.commonpath([folder, target]) == target for folder in behind)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from actors.generate import Generate
 from actors.preprocess import Preprocess
 from examples.toy.dataset import write_dataset
-from pipeline.input.columns import job_schema
+from pipeline.input.columns import job_schema, with_kept
 from pipeline.input.shards import discover
 from pipeline.ledger.ledger import Ledger
 from pipeline.spec.job_spec import load_spec
@@ -119,7 +119,8 @@ def test_the_same_on_s3_with_too_many_errors_told(tmp_path, ray_address, s3_endp
     assert done.code == 3
     assert "4 of 20 rows failed (20.0%)" in done.err and "limits.max_failed_fraction=0.1" in done.err
     keys = sorted(item["Key"] for item in client.list_objects_v2(Bucket=bucket, Prefix="out/")["Contents"])
-    assert [key for key in keys if "/runs/" not in key] == [
+    assert sum(key.startswith("out/_tessera/input/") for key in keys) == 2
+    assert [key for key in keys if "/runs/" not in key and "/input/" not in key] == [
         "out/_SUCCESS",
         "out/_tessera/lease.json",
         "out/_tessera/spec.json",
@@ -168,7 +169,7 @@ def test_what_is_in_the_journal_is_not_generated_again(tmp_path, ray_address):
     spec = load_spec(SPEC, [argument.removeprefix("--set=") for argument in arguments])
     shards = discover(spec.input).shards
     ledger = Ledger(spec.output.path)
-    ledger.bind(spec)
+    ledger.bind(with_kept(spec, job_schema(spec, shards)))
     source = pq.read_table(tmp_path / "in/part-00000.parquet", columns=job_schema(spec, shards).names).slice(
         5, 10
     )

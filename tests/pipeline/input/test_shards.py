@@ -3,11 +3,19 @@
 import os
 from pathlib import Path
 
+import boto3
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.input.columns import check_columns, job_schema, kept_columns, needed_columns, sealed_schema
+from pipeline.input.columns import (
+    check_columns,
+    job_schema,
+    kept_columns,
+    needed_columns,
+    sealed_schema,
+    with_kept,
+)
 from pipeline.input.shards import InputError, Shard, discover, shard_schema
 from pipeline.spec.job_spec import InputSpec, JobSpec, parse_spec
 from pipeline.storage import footer
@@ -106,6 +114,19 @@ def test_a_changed_file_is_a_changed_fingerprint(folder: Path) -> None:
     path.write_bytes(data)
     changed = {name for name, value in prints().items() if value != before[name]}
     assert changed == {"a.parquet"}
+
+
+def test_names_begin_at_the_root_that_is_pinned(folder: Path) -> None:
+    def pinned(root: str, *paths: str) -> list[str]:
+        return [shard.name for shard in discover(InputSpec(path=paths), root).shards]
+
+    sub, here = f"{folder}/sub", str(folder)
+    assert pinned(here, sub) == ["sub/c.parquet", "sub/deep/d.parquet"]
+    assert pinned(sub, sub, f"{sub}/deep") == ["c.parquet", "deep/d.parquet"]
+    assert pinned(sub, f"{here}/a.parquet") == ["a.parquet"]  # an input of its own
+    assert pinned("s3://elsewhere/sub", sub) == ["c.parquet", "deep/d.parquet"]
+    with pytest.raises(InputError, match=rf"{here}/a\.parquet lies outside of {sub}, where the names"):
+        pinned(sub, sub, f"{here}/a.parquet")
 
 
 def test_s3(s3_url: str, folder: Path) -> None:
@@ -358,6 +379,16 @@ def test_the_schema_of_a_job_is_plain_and_the_same_for_all_shards() -> None:
     ]  # fmt: skip
 
 
+def test_a_job_remembers_the_columns_that_keep_stood_for() -> None:
+    old, new = (
+        shard_of("a", x=pa.int64(), y=pa.string()),
+        shard_of("b", x=pa.int64(), y=pa.string(), z=pa.int8()),
+    )
+    before = with_kept(spec_of(), job_schema(spec_of(), [old]))
+    advised = spec_of(keep=["x", "y"])
+    assert before == with_kept(advised, job_schema(advised, [old, new])) == advised
+
+
 def test_shards_that_differ_are_refused() -> None:
     with pytest.raises(InputError, match=r"'x' holds int64 in a but string in b"):
         job_schema(spec_of(), [shard_of("a", x=pa.int64()), shard_of("b", x=pa.string())])
@@ -383,3 +414,20 @@ def test_links_that_lead_nowhere_or_up_and_odd_names_cost_themselves_alone(tmp_p
     failed = {shard.name: shard.reason for shard in found.unreadable}
     assert set(failed) == {"gone.parquet", "itself.parquet", "caf\\udce9.parquet"}
     assert "rename it" in failed["caf\\udce9.parquet"]
+
+
+def test_links_to_folders_that_hold_each_other_are_followed_once(tmp_path: Path) -> None:
+    for here, there in (("a", "b"), ("b", "a")):
+        write(tmp_path / f"{here}/{here}.parquet")
+        (tmp_path / f"{here}/link").symlink_to(tmp_path / there)
+    assert names(tmp_path) == ["a/a.parquet", "a/link/b.parquet", "b/b.parquet", "b/link/a.parquet"]
+
+
+@pytest.mark.parametrize("name", ["a//b.parquet", "/b.parquet", "a::b.parquet", "a?versionId=b.parquet"])
+def test_names_that_no_url_can_hold_are_set_apart(s3_url: str, folder: Path, name: str) -> None:
+    storage = Storage(s3_url)
+    storage.put_atomic("in/b.parquet", (folder / "b.parquet").read_bytes())
+    boto3.client("s3").put_object(Bucket=s3_url[5:], Key=f"in/{name}", Body=b"")
+    found = discover(InputSpec(path=(f"{s3_url}/in",)))
+    assert [shard.name for shard in found.shards] == ["b.parquet"]
+    assert [shard.name for shard in found.unreadable] == [name] and "rename it" in found.unreadable[0].reason

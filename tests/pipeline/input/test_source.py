@@ -158,3 +158,12 @@ def test_a_task_a_shard_with_kept_columns_of_one_type(tmp_path):
     blocks = [block for task in tasks for block in task()]
     assert [block["tag"].type for block in blocks] == [pa.string(), pa.string()]
     assert [block[SHARD].to_pylist() for block in blocks] == [["a.parquet"], ["b.parquet"]]
+
+
+def test_a_shard_that_changed_gives_an_empty_block_like_the_others(tmp_path):
+    shard = write(tmp_path, pa.table({"id": range(3), "image": [b"x"] * 3}))
+    work, spec = ShardWork(shard, RowSet.span(3)), InputSpec(path=shard.root)
+    (before,) = read_shard(work, spec, ["id"])
+    write(tmp_path, pa.table({"id": range(5), "image": [b"y"] * 5}))
+    (after,) = read_shard(work, spec, ["id"])
+    assert (before.num_rows, after.num_rows) == (3, 0) and after.schema == before.schema

@@ -85,3 +85,13 @@ def test_an_output_in_another_format_is_refused_and_not_captioned_again():
     now = {"tessera.format": 2}
     said = mismatch("out", {}, now)
     assert said and "tessera.format (null there, 2 here)" in said and "the captions are whole" in said
+
+
+def test_kept_columns_are_compared_as_a_set() -> None:
+    def fields(keep: list[str] | None) -> dict[str, Any]:
+        sections = {"model": {"path": "org/model"}, "output": {"path": "out"}}
+        return caption_fields(parse_spec({"input": {"path": "in", "keep": keep}, **sections}))
+
+    assert mismatch("out", fields(["id", "title"]), fields(["title", "id"])) is None
+    refused = mismatch("out", fields(["id", "title"]), fields(["id"]))
+    assert refused and 'input.keep (["id", "title"] there, ["id"] here)' in refused

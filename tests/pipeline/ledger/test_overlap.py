@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.dataflow import run
-from pipeline.input.shards import discover
+from pipeline.input.shards import Input, Shard, discover
 from pipeline.ledger.ledger import Ledger
-from pipeline.ledger.overlap import refuse_other_dataset, refuse_overlap
+from pipeline.ledger.overlap import refuse_long_names, refuse_other_dataset, refuse_overlap
 from pipeline.run.progress import Lines
 from pipeline.spec.job_spec import JobSpec, SpecError, parse_spec
 from pipeline.storage.storage import Storage
@@ -89,6 +89,30 @@ def test_buckets_are_compared_alike(s3_url: str, root: Path) -> None:
             refuse_overlap(spec, discover(spec.input))
     spec = spec_of(f"{s3_url}/in/", f"{s3_url}/inside/")
     refuse_overlap(spec, discover(spec.input))
+
+
+@pytest.mark.parametrize(
+    ("name", "output", "fits"),
+    [
+        ("k" * 200 + "/" + "l" * 247 + ".parquet", "out", True),
+        ("l" * 248 + ".parquet", "out", False),
+        ("k" * 800 + ".parquet", "s3://bucket/out", True),
+        ("ü" * 480 + ".parquet", "s3://bucket/out", False),
+        ("k" * 800 + ".parquet", "s3://bucket/" + "o" * 160, False),
+        ("k" * 2000, "memory://out", True),
+    ],
+)
+def test_names_too_long_for_the_output_are_refused(
+    name: str, output: str, fits: bool, tmp_path: Path
+) -> None:
+    found = Input((Shard(name, f"s3://in/{name}", 1, "v", 1, pa.schema([])),))
+    spec = spec_of("s3://in", output)
+    if fits:
+        refuse_long_names(spec, found)
+        return
+    with pytest.raises(SpecError, match=r"output\.path: .* shorten the shard's name") as caught:
+        refuse_long_names(spec, found)
+    assert name in str(caught.value)
 
 
 def captioned(spec: JobSpec) -> Ledger:
