@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from actors.images.formats import DEFAULT_FORMATS, PILLOW
 from pipeline.spec import errors as spec_errors
 
 
@@ -101,6 +102,13 @@ def template_fields(template: str) -> tuple[str, ...]:
 def _checked_template(template: str) -> str:
     template_fields(template)
     return template
+
+
+def _known_formats(names: tuple[str, ...]) -> tuple[str, ...]:
+    for name in names:
+        if name not in PILLOW:
+            raise ValueError(f"{name!r} is none of the formats that can be decoded: {', '.join(PILLOW)}")
+    return names
 
 
 Url = Annotated[str, AfterValidator(_without_credentials)]
@@ -200,12 +208,16 @@ class OutputSpec(_Section):
 class LimitsSpec(_Section):
     """A job that is done exits 3 above `max_failed_fraction`, the share of error rows, or `max_failed_shards`, the
     number of input files that cannot be read, wholly or in part. A run stops with 3 once `stop_after_failures` rows,
-    all so far, failed with one kind of error (null: never). `max_pixels`: of one image."""
+    all so far, failed with one kind of error (null: never). `max_pixels` and `max_image_bytes` are of one image:
+    decoded, and encoded (64 MiB hold a photograph of 100 Mpixel, and a block of 32 such rows still fits in memory).
+    `formats` are those that are decoded (actors/images/formats.py)."""
 
     max_failed_fraction: Real = Field(default=0.05, ge=0, le=1)
     max_failed_shards: Count = Field(default=0, ge=0)
     stop_after_failures: Annotated[Count, Field(ge=1)] | None = 200
     max_pixels: Count = Field(default=178_956_970, ge=1)
+    max_image_bytes: Count = Field(default=64 << 20, ge=1)
+    formats: Annotated[Names, Field(min_length=1), AfterValidator(_known_formats)] = DEFAULT_FORMATS
 
 
 class JobSpec(_Section):
@@ -223,8 +235,9 @@ class JobSpec(_Section):
     def fingerprint_fields(self) -> dict[str, Any]:
         """Dotted name -> JSON value of every field captions depend on (ledger/identity.py adds what lies beyond).
 
-        Not the input's path (a grown folder is an increment), not the engine (engines are token-exact), not
-        resources, name or output: those may change between the runs of one output.
+        Not the input's path (a grown folder is an increment), not the engine (engines are token-exact), not limits
+        (they decide which rows fail, not what a caption says: raise one, and retry those rows), not resources, name or
+        output: those may change between the runs of one output.
         """
         flat = spec_errors.flatten(self.model_dump(mode="json"))
         inputs = ("input.image", "input.video", "input.max_frames", "input.prompt", "input.keep")
@@ -232,7 +245,7 @@ class JobSpec(_Section):
         return {
             name: value
             for name, value in flat.items()
-            if name in chosen or name == "limits.max_pixels" or name.startswith(("prompt.", "generation."))
+            if name in chosen or name.startswith(("prompt.", "generation."))
         }
 
 

@@ -9,7 +9,7 @@ from pipeline.input.columns import job_schema
 from pipeline.input.rows import RowSet
 from pipeline.input.shards import discover
 from pipeline.input.source import ShardSource, ShardWork, read_shard
-from pipeline.spec.job_spec import InputSpec, parse_spec
+from pipeline.spec.job_spec import parse_spec
 
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -24,8 +24,11 @@ def write(folder, table: pa.Table, name="a.parquet", row_group_size=10):
     return shard
 
 
-def read(shard, rows=None, columns=("id",), **fields) -> list[dict]:
-    spec = InputSpec(path=shard.root, **fields)
+def read(shard, rows=None, columns=("id",), limits=None, **fields) -> list[dict]:
+    given = {"path": shard.root, **fields}
+    spec = parse_spec(
+        {"input": given, "model": {"path": "m"}, "output": {"path": "o"}, "limits": limits or {}}
+    )
     work = ShardWork(shard, RowSet.span(shard.rows) if rows is None else RowSet.of(rows))
     return [row for table in read_shard(work, spec, columns) for row in table.to_pylist()]
 
@@ -152,7 +155,7 @@ def test_a_task_a_shard_with_kept_columns_of_one_type(tmp_path):
     spec = parse_spec({"input": {"path": str(tmp_path)}, "model": {"path": "m"}, "output": {"path": "o"}})
     shards = discover(spec.input).shards
     kept = job_schema(spec, shards)
-    source = ShardSource([ShardWork(shard, RowSet.span(1)) for shard in shards], spec.input, ["tag"], kept)
+    source = ShardSource([ShardWork(shard, RowSet.span(1)) for shard in shards], spec, ["tag"], kept)
     tasks = source.get_read_tasks(parallelism=200)
     assert [task.metadata.num_rows for task in tasks] == [1, 1]
     blocks = [block for task in tasks for block in task()]

@@ -23,7 +23,9 @@ resources:
   preprocess: {replicas: [1, 16], cpus: 1}
   generate: {replicas: [1, 8], gpus: 1}
 output: {path: s3://bucket/captions/}
-limits: {max_failed_fraction: 0.05, max_failed_shards: 0, stop_after_failures: 200, max_pixels: 178956970}
+limits:
+  {max_failed_fraction: 0.05, max_failed_shards: 0, stop_after_failures: 200, max_pixels: 178956970,
+   max_image_bytes: 67108864, formats: [jpeg, png, webp, gif, bmp, tiff, avif]}
 """
 
 
@@ -104,6 +106,10 @@ def test_overrides(tmp_path: Path) -> None:
         ("input.max_frames", 0, ["input.max_frames", "greater than or equal to 1", "found 0"]),
         ("input.path", [], ["input.path", "at least 1"]),
         ("input.path", ["a", 3], ["input.path[1]", "found 3"]),
+        ("limits.formats", ["png", "jpg"], ["limits.formats", "'jpg' is none of", "jpeg, png, webp"]),
+        ("limits.formats", "eps", ["limits.formats", "'eps' is none of"]),
+        ("limits.formats", [], ["limits.formats", "at least 1"]),
+        ("limits.max_image_bytes", 0, ["limits.max_image_bytes", "greater than or equal to 1"]),
         ("prompt.template", "{a.b}", ["prompt.template", "{a.b}", "plain column names"]),
         ("prompt.template", "{a[0]}", ["prompt.template", "plain column names"]),
         ("prompt.template", "{a!r}", ["prompt.template", "{a!r}"]),
@@ -198,7 +204,7 @@ def test_the_fingerprint_fields_are_those_captions_depend_on() -> None:
         "input.prompt": "q", "input.keep": ["id"], "prompt.template": "x",
         "prompt.system": "x",
         "model.path": "x", "model.revision": "x", "model.dtype": "float32", "generation.seed": 1,
-        "generation.stop": ["x"], "generation.max_new_tokens": 1, "limits.max_pixels": 1,
+        "generation.stop": ["x"], "generation.max_new_tokens": 1,
     }  # fmt: skip
     for name, value in different.items():
         changed = with_field(name, value)
@@ -207,6 +213,7 @@ def test_the_fingerprint_fields_are_those_captions_depend_on() -> None:
     same = {
         "name": "b", "input.path": "x", "model.engine": "reference", "output.path": "x",
         "resources.generate.gpus": 0, "limits.max_failed_fraction": 1,
+        "limits.max_pixels": 1, "limits.max_image_bytes": 1, "limits.formats": "png",
     }  # fmt: skip
     for name, value in same.items():
         assert with_field(name, value).fingerprint_fields() == base.fingerprint_fields(), name
