@@ -168,7 +168,10 @@ class Preprocess:
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
         if not prompt:
-            raise RowError("prompt", f"column {column!r} holds no prompt ({prompt!r})")
+            found = "null" if prompt is None else "empty"
+            raise RowError(
+                "prompt", f"input.prompt: column {column!r} holds no prompt in this row (it is {found})"
+            )
         messages = [_message(turn) for turn in prompt]
         if self.config.system is not None:
             messages.insert(0, text_message("system", self.config.system))

@@ -38,7 +38,10 @@ def read_rows(shard: Shard, rows: RowSet, schema: pa.Schema) -> Iterator[Found]:
     start = 0
     with open_file(filesystem, path, shard.size) as file:
         try:
-            parquet = pq.ParquetFile(file, buffer_size=_BUFFER, page_checksum_verification=True)
+            # pre_buffer, which is on by default, would hold whole column chunks whatever buffer_size says.
+            parquet = pq.ParquetFile(
+                file, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True
+            )
             groups = range(parquet.num_row_groups)
             counts = [max(0, parquet.metadata.row_group(group).num_rows) for group in groups]
         except _DAMAGE as error:

@@ -1,5 +1,7 @@
 """The source: the remaining rows and no others, every form of image column, and paths that may not escape."""
 
+import random
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -10,6 +12,7 @@ from pipeline.input.rows import RowSet
 from pipeline.input.shards import discover
 from pipeline.input.source import ShardSource, ShardWork, read_shard
 from pipeline.spec.job_spec import parse_spec
+from pipeline.storage.storage import Storage
 
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -22,6 +25,13 @@ def write(folder, table: pa.Table, name="a.parquet", row_group_size=10):
         parse_spec({"input": {"path": str(folder)}, "model": {"path": "m"}, "output": {"path": "o"}}).input
     ).shards
     return shard
+
+
+def spec_of(shard, limits=None, **fields):
+    given = {"path": shard.root, **fields}
+    return parse_spec(
+        {"input": given, "model": {"path": "m"}, "output": {"path": "o"}, "limits": limits or {}}
+    )
 
 
 def read(shard, rows=None, columns=("id",), limits=None, **fields) -> list[dict]:
@@ -161,3 +171,55 @@ def test_a_task_a_shard_with_kept_columns_of_one_type(tmp_path):
     blocks = [block for task in tasks for block in task()]
     assert [block["tag"].type for block in blocks] == [pa.string(), pa.string()]
     assert [block[SHARD].to_pylist() for block in blocks] == [["a.parquet"], ["b.parquet"]]
+
+
+def test_a_picture_that_is_too_large_is_not_read(tmp_path, monkeypatch):
+    (tmp_path / "large.png").write_bytes(b"x" * 101)
+    (tmp_path / "small.png").write_bytes(b"x" * 100)
+    cells = [
+        {"bytes": b"x" * 101, "path": None},
+        {"bytes": b"x" * 100, "path": None},
+        {"bytes": None, "path": "large.png"},
+        {"bytes": None, "path": "small.png"},
+    ]
+    clips = pa.array([[], [], [], [cells[1], cells[2]]], pa.list_(STRUCT))
+    shard = write(tmp_path, pa.table({"image": pa.array(cells, STRUCT), "clip": clips}))
+    fetched, fetch = [], Storage.read
+    monkeypatch.setattr(
+        Storage, "read", lambda self, path, *rest: fetched.append(path) or fetch(self, path, *rest)
+    )
+    rows = read(shard, columns=(), limits={"max_image_bytes": 100}, video="clip")
+    assert [row[IMAGES] for row in rows] == [None, [b"x" * 100], None, None]
+    told = "the encoded image has 101 bytes, above limits.max_image_bytes=100"
+    assert [row[ERROR] and row[ERROR]["message"] for row in rows] == [
+        told,
+        None,
+        f"image path 'large.png': {told}",
+        f"frame 2 of the video's 2: image path 'large.png': {told}",
+    ]
+    assert {row[ERROR]["kind"] for row in rows if row[ERROR]} == {"too_large"}
+    assert not fetched
+    read(shard, columns=(), limits={"max_image_bytes": 100})
+    assert fetched == ["small.png"]
+
+
+@pytest.mark.parametrize("by_path", [False, True])
+def test_tables_are_cut_by_bytes(tmp_path, monkeypatch, by_path):
+    monkeypatch.setattr("pipeline.input.source.READ_BYTES", 1000)
+    monkeypatch.setattr("pipeline.input.reading.READ_BYTES", 1000)
+    sizes = [100] * 20 + [1500] * 4 + [100] * 20
+    for index, size in enumerate(sizes):
+        (tmp_path / f"{index}.png").write_bytes(random.Random(index).randbytes(size))
+    cells = [
+        {"bytes": None, "path": f"{index}.png"}
+        if by_path
+        else {"bytes": (tmp_path / f"{index}.png").read_bytes(), "path": None}
+        for index in range(len(sizes))
+    ]
+    shard = write(tmp_path, pa.table({"id": range(len(sizes)), "image": pa.array(cells, STRUCT)}))
+    tables = list(read_shard(ShardWork(shard, RowSet.span(len(sizes))), spec_of(shard), ["id"]))
+    assert [row["id"] for table in tables for row in table.to_pylist()] == list(range(len(sizes)))
+    bytes_of = [sum(len(row[IMAGES][0]) for row in table.to_pylist()) for table in tables]
+    assert sum(bytes_of) == sum(sizes)
+    # By path their sizes are known before; in cells only the row group's average is.
+    assert max(bytes_of) <= (1500 if by_path else 4500) and len(tables) >= 8
