@@ -29,6 +29,7 @@ from pipeline.input.reading import READ_BYTES, read_rows
 from pipeline.input.rows import RowSet
 from pipeline.input.shards import Shard
 from pipeline.spec.job_spec import InputSpec, JobSpec
+from pipeline.spec.secrets import redacted
 from pipeline.storage.lease import Fence
 from pipeline.storage.storage import Storage
 
@@ -234,7 +235,7 @@ class _PictureReader:
             found = data
         size = found.size if isinstance(found, _File) else len(found)
         if size > self.max_bytes:
-            named = f"image path {found.named!r}: " if isinstance(found, _File) else ""
+            named = redacted(f"image path {found.named!r}: ") if isinstance(found, _File) else ""
             limit = f"limits.max_image_bytes={self.max_bytes}"
             raise _Unreadable("too_large", f"{named}the encoded image has {size:,} bytes, above {limit}")
         return found
@@ -274,12 +275,13 @@ def _frame(frames: list[Any], index: int, action: Callable[[Any], Any]) -> Any:
 
 @contextmanager
 def _fetching(named: str) -> Iterator[None]:
+    """Turns what fails into the row's error. It stands in the output, so a URL's credentials are left out of it."""
     try:
         yield
     except FileNotFoundError:
-        raise _Unreadable("fetch", f"image path {named!r}: no such file beside the shard") from None
+        raise _Unreadable("fetch", redacted(f"image path {named!r}: no such file beside the shard")) from None
     except (OSError, ValueError) as error:
-        raise _Unreadable("fetch", f"image path {named!r}: {error}") from None
+        raise _Unreadable("fetch", redacted(f"image path {named!r}: {error}")) from None
 
 
 def _spread(frames: list[Any], count: int) -> list[Any]:

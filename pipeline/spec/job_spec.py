@@ -26,19 +26,19 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from actors.images.formats import DEFAULT_FORMATS, PILLOW
 from pipeline.spec import errors as spec_errors
+from pipeline.spec.secrets import WHERE_THEY_BELONG, holds_credentials, redacted
 
 
 class SpecError(ValueError):
     """The job spec is wrong; the message names the field, what was found and what to write instead."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(redacted(message))  # it may repeat a URL
+
 
 def _without_credentials(url: str) -> str:
-    # A port ("host:9000/…") is not a password; "key:secret@" is, even where the secret itself holds slashes.
-    if re.search(r"://[^/@:]*:(?!\d+(/|$))[^@]*@", url):
-        raise ValueError(
-            "holds credentials; take them out and give them to the storage through its environment or "
-            "configuration (S3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or an instance role)"
-        )
+    if holds_credentials(url):
+        raise ValueError(WHERE_THEY_BELONG)
     if not url.strip():
         raise ValueError("must not be empty")
     return url
@@ -274,6 +274,8 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> JobSpec:
 
 
 def _read_text(path: str) -> str:
+    if holds_credentials(path):
+        raise SpecError(f"{path}: {WHERE_THEY_BELONG}")
     try:
         if "://" not in path:
             return Path(path).read_text(encoding="utf-8")

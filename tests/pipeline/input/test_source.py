@@ -158,6 +158,15 @@ def test_images_by_path_are_fetched_from_beside_the_shard(tmp_path):
     assert not any(b"secret" in str(row).encode() for row in rows)
 
 
+def test_credentials_in_a_picture_s_path_are_not_repeated(tmp_path):
+    paths = ["https://me:hush@host/x.png", "https://host/x.png?X-Amz-Signature=hush", "x.png?sig=hush&se=1"]
+    cells = pa.array([{"bytes": None, "path": path} for path in paths], STRUCT)
+    rows = read(write(tmp_path, pa.table({"image": cells})), columns=())
+    messages = [row[ERROR]["message"] for row in rows]
+    assert not any("hush" in message for message in messages)
+    assert "https://...@host/x.png" in messages[0] and "x.png?..." in messages[2]
+
+
 def test_a_task_a_shard_with_kept_columns_of_one_type(tmp_path):
     strings = pa.array(["x"]).dictionary_encode()
     pq.write_table(pa.table({"tag": strings, "image": [b"a"]}), tmp_path / "a.parquet")
