@@ -214,6 +214,14 @@ class Ledger:
         except MissingBucket as error:
             raise SpecError(f"output.path: {error}") from None
 
+    def bound_fields(self) -> dict[str, Any]:
+        """What the output's captions depend on, by dotted name, as spec.json says; {} before a first run."""
+        try:
+            fields: dict[str, Any] = json.loads(self.storage.read(SPEC))["fields"]
+            return fields
+        except (FileNotFoundError, MissingBucket):
+            return {}
+
     def bind(self, spec: JobSpec) -> None:
         """As `check`, and writes spec.json: what captions depend on, and the whole spec of the last run.
 

@@ -18,7 +18,7 @@ WHERE_THEY_BELONG = (
 _PATTERNS = (
     (re.compile(r"(?<!github)://[^/\s@:'\"]*:(?!:|\d+(?:/|$))[^@\s'\"]*@"), "://...@"),
     (re.compile(r"(?<=http)(s?)://[^/\s@'\"]+@"), r"\1://...@"),
-    (re.compile(r"\?[A-Za-z][\w.%+-]*=[^\s'\"]*"), "?..."),
+    (re.compile(r"\?[A-Za-z][\w.%+-]*=[^\s'\"]*?(?=[:;,.)\]]*(?:[\s'\"]|$))"), "?..."),
 )
 
 
@@ -32,7 +32,7 @@ def redacted(text: str) -> str:
     """The text without the credentials of URLs and paths in it.
 
     >>> redacted("cannot read https://me:hush@host/a.parquet?sig=hush&se=1: 403")
-    'cannot read https://...@host/a.parquet?... 403'
+    'cannot read https://...@host/a.parquet?...: 403'
     """
     for pattern, instead in _PATTERNS:
         text = pattern.sub(instead, text)
