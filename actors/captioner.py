@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from actors.engine import EngineName, Sampling
 from actors.generate import Generate, GenerateConfig
+from actors.images.formats import DEFAULT_FORMATS
 from actors.preprocess import Preprocess, PreprocessConfig
 from actors.schema import ERROR, ERROR_TYPE, FINGERPRINT, IMAGES, ROW, SHARD, VIDEO
 
@@ -23,8 +24,8 @@ Prompt = str | Sequence[Mapping[str, Any]]
 class Captioner:
     """Captions images with the checkpoint at `path`, a local folder or a hub id.
 
-    `sampling` are fields of `Sampling`, for instance `max_new_tokens=64`. Raises CheckpointError for a checkpoint that
-    cannot be used.
+    `max_pixels` and `formats` are those of a job spec's limits; `sampling` are fields of `Sampling`, for instance
+    `max_new_tokens=64`. Raises CheckpointError for a checkpoint that cannot be used.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Captioner:
         engine: EngineName = "continuous",
         system: str | None = None,
         max_pixels: int = _MAX_PIXELS,
+        formats: Sequence[str] = DEFAULT_FORMATS,
         **sampling: Any,
     ) -> None:
         settings = Sampling(**sampling)
@@ -50,6 +52,7 @@ class Captioner:
                 keep=(),
                 max_pixels=max_pixels,
                 max_new_tokens=settings.max_new_tokens,
+                formats=tuple(formats),
             )
         )
         self._generate = Generate(GenerateConfig(path, revision, dtype, engine, settings, keep=()))

@@ -8,9 +8,11 @@ Imports neither torch nor transformers.
 from __future__ import annotations
 
 import os
+import re
 import time
 
 from huggingface_hub import (
+    HfFileMetadata,
     constants,
     get_hf_file_metadata,
     hf_hub_download,
@@ -42,6 +44,31 @@ _ANSWER_SECONDS = 5  # of waiting for an answer to a question of a few hundred b
 _PAUSE_SECONDS = 1  # before the one second try
 
 
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def commit_of(path: str, revision: str | None) -> str | None:
+    """The commit that a branch or tag of a hub id stands for now (None: of the default branch).
+
+    Where the hub does not tell, it is what the cache of an earlier download holds. None where the hub, a mirror
+    perhaps, knows no commits. Raises as `find_checkpoint` does.
+    """
+    if revision and _COMMIT.fullmatch(revision):
+        return revision
+    try:
+        config = _metadata(path, CONFIG, revision)
+        if config is None:
+            raise no_config(path)
+        return config.commit_hash
+    except (CheckpointError, RevisionNotFoundError) as error:
+        raise _explained(error, path, revision) from error
+    except Exception as error:  # what the HTTP client raises depends on the version of huggingface_hub
+        cached = try_to_load_from_cache(path, CONFIG, revision=revision)
+        if isinstance(cached, str):
+            return os.path.basename(os.path.dirname(cached))
+        raise _explained(error, path, revision) from error
+
+
 def find_checkpoint(path: str, revision: str | None) -> str:
     """Where to read a checkpoint from: a folder or hub id as it is, once the hub has told that its files are there.
 
@@ -68,19 +95,23 @@ def find_checkpoint(path: str, revision: str | None) -> str:
 
 
 def _has(path: str, name: str, revision: str | None) -> bool:
-    """Whether the hub has a file. Raises what huggingface_hub raises; a passing fault only the second time."""
+    return _metadata(path, name, revision) is not None
+
+
+def _metadata(path: str, name: str, revision: str | None) -> HfFileMetadata | None:
+    """What the hub says of a file, None where there is no such file. Raises what huggingface_hub raises; a passing
+    fault only the second time."""
     url = hf_hub_url(path, name, revision=revision)
     try:
         try:
-            get_hf_file_metadata(url, timeout=_ANSWER_SECONDS)
+            return get_hf_file_metadata(url, timeout=_ANSWER_SECONDS)
         except Exception as error:
             if not _may_pass(error):
                 raise
             time.sleep(_PAUSE_SECONDS)
-            get_hf_file_metadata(url, timeout=_ANSWER_SECONDS)
+            return get_hf_file_metadata(url, timeout=_ANSWER_SECONDS)
     except EntryNotFoundError:
-        return False
-    return True
+        return None
 
 
 def _may_pass(error: Exception) -> bool:

@@ -22,6 +22,7 @@ from actors.families import load_family
 from actors.families.base import Size, VideoSize
 from actors.families.messages import Kind, Message, slots, text_message
 from actors.images.decode import decode
+from actors.images.formats import DEFAULT_FORMATS
 from actors.schema import (
     ERROR,
     ERROR_TYPE,
@@ -46,6 +47,7 @@ class PreprocessConfig:
         keep: Input columns that travel on to the output.
         max_pixels: Largest image, height x width, that is decoded.
         max_new_tokens: Room that the caption needs behind the prompt.
+        formats: Image formats that are decoded (names of images/formats.py).
     """
 
     model_path: str
@@ -57,6 +59,7 @@ class PreprocessConfig:
     keep: tuple[str, ...]
     max_pixels: int
     max_new_tokens: int
+    formats: tuple[str, ...] = DEFAULT_FORMATS
 
     @property
     def prompt_columns(self) -> tuple[str, ...]:
@@ -119,7 +122,7 @@ class Preprocess:
     ) -> _Prepared:
         # The prompt first: it is cheap, and a row without one is not worth decoding.
         messages = self._messages(row, len(images), 1 if frames else 0)
-        pictures = [decode(image.to_pybytes(), self.config.max_pixels) for image in images]
+        pictures = [self._decode(image) for image in images]
         sizes: list[Size | VideoSize] = [(picture.shape[1], picture.shape[2]) for picture in pictures]
         video = self._video(frames) if frames else None
         if video is not None:
@@ -142,12 +145,15 @@ class Preprocess:
             pixels = torch.cat([tiles[index] for index in order]).numpy()
         return _Prepared(token_ids, pixels, [sizes[index] for index in order])
 
+    def _decode(self, image: pa.Buffer) -> torch.Tensor:
+        return decode(image.to_pybytes(), self.config.max_pixels, self.config.formats)
+
     def _video(self, frames: Sequence[pa.Buffer]) -> _Video:
         tiles: list[torch.Tensor] = []
         size: Size | None = None
         for number, frame in enumerate(frames, start=1):
             try:
-                picture = decode(frame.to_pybytes(), self.config.max_pixels)
+                picture = self._decode(frame)
             except RowError as error:
                 message = f"frame {number} of the video's {len(frames)}: {error.message}"
                 raise RowError(error.kind, message) from error
@@ -162,7 +168,10 @@ class Preprocess:
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
         if not prompt:
-            raise RowError("prompt", f"column {column!r} holds no prompt ({prompt!r})")
+            found = "null" if prompt is None else "empty"
+            raise RowError(
+                "prompt", f"input.prompt: column {column!r} holds no prompt in this row (it is {found})"
+            )
         messages = [_message(turn) for turn in prompt]
         if self.config.system is not None:
             messages.insert(0, text_message("system", self.config.system))

@@ -36,7 +36,7 @@ from pipeline.ledger.ledger import JOURNAL, RETRY, Ledger
 from pipeline.ledger.overlap import refuse_long_names, refuse_other_dataset, refuse_overlap
 from pipeline.ledger.retry import failed_rows, merge_retried
 from pipeline.ledger.state import Plan, Published, Standing, Verification
-from pipeline.run.checkpoint import check_checkpoint, check_model_path
+from pipeline.run.checkpoint import check_checkpoint, check_model_path, moved, pinned
 from pipeline.run.outcome import JobError, Outcome
 from pipeline.run.progress import Display, Progress
 from pipeline.run.sealing import Sealing, seal
@@ -53,6 +53,7 @@ def run(spec: JobSpec, show: Display, take_over: bool = False, recaption: bool =
     JobError, AllFailed, LeaseLost or Stopped for one that ended early; whatever was published by then is kept.
     """
     ground = _look_at(spec, show)
+    asked, spec = spec, ground.spec
     plan, ledger = ground.ledger.plan(ground.shards), ground.ledger
     if not recaption:
         refuse_recaption(spec, ground.found, ledger)
@@ -65,6 +66,8 @@ def run(spec: JobSpec, show: Display, take_over: bool = False, recaption: bool =
         )  # nothing is written, so no lease is needed
     if plan.to_caption:
         _check_checkpoint(spec, show)
+        if note := moved(asked, spec):
+            show.phase(note)
     with _open_job(spec, ground, show, take_over) as job:
         job.ledger.bind(with_kept(spec, ground.kept), ground.found.root)
         remember(ground.found, job.ledger)
@@ -91,6 +94,7 @@ def run(spec: JobSpec, show: Display, take_over: bool = False, recaption: bool =
 def retry(spec: JobSpec, kinds: Collection[str], show: Display, take_over: bool = False) -> Outcome:
     """Tries the error rows of some kinds again and amends their sealed shards; raises as `run` does."""
     ground = _look_at(spec, show)
+    spec = ground.spec
     _check_checkpoint(spec, show)
     with _open_job(spec, ground, show, take_over) as job:
         merge_retried(job.ledger, ground.shards)  # what a killed retry had done already
@@ -109,8 +113,10 @@ def retry(spec: JobSpec, kinds: Collection[str], show: Display, take_over: bool 
 
 @dataclass(frozen=True, slots=True)
 class _Ground:
-    """What a job finds: its input, the schema of its kept columns, and the ledger of its output (without a fence)."""
+    """What a job finds: its spec with the checkpoint pinned, its input, the schema of its kept columns, and the ledger
+    of its output (without a fence)."""
 
+    spec: JobSpec
     found: Input
     kept: pa.Schema
     ledger: Ledger
@@ -130,10 +136,11 @@ def _look_at(spec: JobSpec, show: Display) -> _Ground:
     refuse_long_names(spec, found)
     kept = job_schema(spec, found.shards)
     check_model_path(spec)
+    spec = pinned(spec, ledger.bound_fields())
     ledger.check(with_kept(spec, kept))
     found = recognised(found, ledger, say=show.phase)
     refuse_other_dataset(spec, found, ledger)
-    return _Ground(found, kept, ledger)
+    return _Ground(spec, found, kept, ledger)
 
 
 def _check_checkpoint(spec: JobSpec, show: Display) -> None:

@@ -20,6 +20,15 @@ def picture(width: int = 60, height: int = 50, color: str = "red") -> bytes:
     return buffer.getvalue()
 
 
+def scan_bomb(scans: int, side: int = 64) -> bytes:
+    """A valid progressive JPEG of so many scans: its last one, of a few bytes, again and again."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (side, side), "teal").save(buffer, "JPEG", progressive=True)
+    data = buffer.getvalue()
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + data[last:-2] * (scans - data.count(b"\xff\xda") + 1) + data[-2:]
+
+
 def source_block(
     images: Sequence[Sequence[bytes] | None],
     errors: Sequence[dict[str, str] | None] | None = None,

@@ -23,10 +23,12 @@ REFUSALS = {
 
 
 class Hub:
-    """`folders` are served by hub id, at the revision main; `asked` counts the requests (method, id, file)."""
+    """`folders` are served by hub id, at the revision main, which is the last of `commits`, and at all of these;
+    `asked` counts the requests (method, id, file)."""
 
     def __init__(self, folders: dict[str, Path]) -> None:
         self.folders, self.asked = folders, Counter[tuple[str, str, str]]()
+        self.commits = [COMMIT]
         self.passing = {"org/blip"}  # ids whose first answer is a 503
 
     def answer(self, method: str, repo: str, revision: str, name: str) -> tuple[int, dict[str, str], bytes]:
@@ -36,13 +38,14 @@ class Hub:
             return 503, {}, b""
         if repo not in self.folders:
             return *REFUSALS.get(repo, NOT_FOUND), b""
-        if revision not in ("main", COMMIT):
+        if revision not in ("main", *self.commits):
             return 404, {"X-Error-Code": "RevisionNotFound"}, b""
+        commit = self.commits[-1] if revision == "main" else revision
         file = self.folders[repo] / name
         if not file.is_file():
-            return 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}, b""
+            return 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}, b""
         data = file.read_bytes()
-        return 200, {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha1(data).hexdigest()}"'}, data
+        return 200, {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha1(data).hexdigest()}"'}, data
 
 
 class _Handler(BaseHTTPRequestHandler):

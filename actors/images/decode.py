@@ -2,11 +2,11 @@
 
 Do exactly what the stock processors do with a PIL image (transparency composited on white,
 then "RGB"; EXIF orientation not applied), and turn everything that can go wrong into one `RowError`
-whose kind is the row's error kind.
+whose kind is the row's error kind. What makes a file too dangerous to decode stands in images/opening.py.
 """
 
-import io
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -15,15 +15,18 @@ from PIL import Image
 from torch import Tensor
 
 from actors.errors import RowError
+from actors.images.formats import DEFAULT_FORMATS
+from actors.images.opening import open_image
 
 
-def decode(data: bytes, max_pixels: int) -> Tensor:
+def decode(data: bytes, max_pixels: int, formats: Sequence[str] = DEFAULT_FORMATS) -> Tensor:
     """Decode the first frame of `data` to uint8 `[3, H, W]`.
 
-    The size is checked in the header, before any pixel is decoded. Raises RowError: "too_large" above
-    `max_pixels`, "decode" for anything that is empty, truncated, corrupt or not an image.
+    The size is checked in the header, before any pixel is decoded. Raises RowError: "too_large" above `max_pixels`,
+    "decode" for a format that is not among `formats` (names of images/formats.py) and for anything that is empty,
+    truncated, corrupt, not an image, or made to be slow (images/opening.py).
 
-    >>> buffer = io.BytesIO(); Image.new("L", (5, 2), 7).save(buffer, "PNG")
+    >>> import io; buffer = io.BytesIO(); Image.new("L", (5, 2), 7).save(buffer, "PNG")
     >>> tuple(decode(buffer.getvalue(), 100).shape)
     (3, 2, 5)
     """
@@ -33,13 +36,11 @@ def decode(data: bytes, max_pixels: int) -> Tensor:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of oddities in metadata; what matters is raised
-            pixels = _pixels(data, max_pixels)
+            pixels = _pixels(data, max_pixels, formats)
     except RowError:
         raise
     except Image.DecompressionBombError as error:
         raise RowError("too_large", f"the image exceeds max_pixels={max_pixels}: {error}") from error
-    except Image.UnidentifiedImageError as error:
-        raise RowError("decode", f"not an image in a known format ({len(data)} bytes)") from error
     except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, struct.error, ... on bad data
         raise RowError("decode", f"cannot decode the image: {type(error).__name__}: {error}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
@@ -54,8 +55,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _pixels(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
-    with Image.open(io.BytesIO(data)) as image:
+def _pixels(data: bytes, max_pixels: int, formats: Sequence[str]) -> NDArray[np.uint8]:
+    with open_image(data, formats) as image:
         width, height = image.size
         if width * height > max_pixels:
             size = f"{width} x {height} = {width * height} pixels"

@@ -23,6 +23,7 @@ from pipeline.storage.footer import one_line
 from pipeline.storage.retrying import StorageError
 
 READ_ROWS = 64  # rows decoded at once: a block's worth, and large against parquet's per-call cost
+READ_BYTES = 64 << 20  # of rows decoded at once, where fewer rows are more than that
 _BUFFER = 8 << 20  # bytes of a column chunk held while it streams
 
 # What pyarrow raises over damaged bytes. An OSError of its own has no number (_reason).
@@ -33,7 +34,8 @@ Found = tuple[list[int], pa.Table | str]
 
 
 def read_rows(shard: Shard, rows: RowSet, schema: pa.Schema) -> Iterator[Found]:
-    """The columns of `schema` of some rows of a shard: in order, all of them, at most `READ_ROWS` at once.
+    """The columns of `schema` of some rows of a shard: in order, all of them, at most `READ_ROWS` at once, and fewer
+    where a row is large (`READ_BYTES`).
 
     Of a file that is not the version that was listed any more no further rows come, but an empty table. Raises
     StorageError or another OSError where storage fails: that says nothing about the rows.
@@ -57,7 +59,10 @@ def _read_version(shard: Shard, rows: RowSet, schema: pa.Schema) -> Iterator[Fou
     start = 0
     with open_file(filesystem, path, shard.size) as file:
         try:
-            parquet = pq.ParquetFile(file, buffer_size=_BUFFER, page_checksum_verification=True)
+            # pre_buffer, which is on by default, would hold whole column chunks whatever buffer_size says.
+            parquet = pq.ParquetFile(
+                file, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True
+            )
             groups = range(parquet.num_row_groups)
             counts = [max(0, parquet.metadata.row_group(group).num_rows) for group in groups]
         except _DAMAGE as error:
@@ -77,7 +82,7 @@ def _read_group(
 ) -> Iterator[Found]:
     """Rows of the row group whose first row is `start`."""
     stop, reason = rows.ranges[-1][1], "it has fewer rows than it should"
-    batches = parquet.iter_batches(READ_ROWS, row_groups=[group], columns=schema.names)
+    batches = parquet.iter_batches(_rows_at_once(parquet, group), row_groups=[group], columns=schema.names)
     while start < stop:
         try:
             batch = next(batches)
@@ -89,10 +94,18 @@ def _read_group(
             break
         wanted = rows.within(start, start + batch.num_rows).indices()
         if wanted:
-            table = pa.Table.from_batches([batch]).take([row - start for row in wanted])
+            table = pa.Table.from_batches([batch])
+            if len(wanted) < batch.num_rows:
+                table = table.take([row - start for row in wanted])
             yield from _checked(table, wanted, schema, shard)
         start += batch.num_rows
     yield from _unread(rows.within(start, stop), f"row group {group} of {shard.name}: {reason}")
+
+
+def _rows_at_once(parquet: pq.ParquetFile, group: int) -> int:
+    """How many rows of a row group have about `READ_BYTES`: memory follows bytes, not rows."""
+    metadata = parquet.metadata.row_group(group)
+    return max(1, min(READ_ROWS, READ_BYTES * metadata.num_rows // max(1, metadata.total_byte_size)))
 
 
 def _checked(table: pa.Table, rows: list[int], schema: pa.Schema, shard: Shard) -> Iterator[Found]:

@@ -3,17 +3,20 @@
 One read task a shard. Ray's own parquet reader packs small files into one block and cannot skip rows inside a
 file, so a resumed job would read (and starve its GPUs on) what is already done. A task here opens its shard,
 skips row groups with nothing left to do, and streams small batches, so that its memory does not depend on the
-shard's size.
+shard's size. Tables are cut by bytes as well as by rows: large pictures, in cells or by path, make small tables.
 
 Blocks leave with the user's needed columns, the row's identity, and every accepted form of the image and video
 columns turned into one: `_images` and `_video`, lists of encoded files (see actors/schema.py). Frames beyond
-`input.max_frames` are left out here, before they are fetched or take part in anything.
+`input.max_frames` are left out here, before they are fetched or take part in anything; pictures above
+`limits.max_image_bytes` are told from their size, before they are read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import io
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +25,11 @@ from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
 from actors.schema import ERROR, ERROR_TYPE, FINGERPRINT, IMAGES, READ, ROW, SHARD, VIDEO, error_value
-from pipeline.input.reading import read_rows
+from pipeline.input.reading import READ_BYTES, read_rows
 from pipeline.input.rows import RowSet
 from pipeline.input.shards import Shard
-from pipeline.spec.job_spec import InputSpec
+from pipeline.spec.job_spec import InputSpec, JobSpec
+from pipeline.spec.secrets import redacted
 from pipeline.storage.lease import Fence
 from pipeline.storage.storage import Storage
 
@@ -50,7 +54,7 @@ class ShardSource(Datasource):
     def __init__(
         self,
         work: Sequence[ShardWork],
-        spec: InputSpec,
+        spec: JobSpec,
         columns: Sequence[str],
         kept: pa.Schema,
         fence: Fence | None = None,
@@ -88,41 +92,77 @@ def _until_stopped(tables: Iterator[pa.Table], fence: Fence | None) -> Iterator[
 
 
 def read_shard(
-    work: ShardWork, spec: InputSpec, columns: Sequence[str], kept: pa.Schema | None = None
+    work: ShardWork, spec: JobSpec, columns: Sequence[str], kept: pa.Schema | None = None
 ) -> Iterator[pa.Table]:
     """The remaining rows of a shard, in order, in tables of at most `READ_ROWS` rows.
 
     Rows that cannot be read are error rows. Raises StorageError where the storage fails, not the file.
     """
     shard, beside = work.shard, Storage(work.shard.root)  # the input's root, for images given by path
-    pictures = [name for name in (spec.image, spec.video) if name is not None]
+    pictures = [name for name in (spec.input.image, spec.input.video) if name is not None]
     types = {field.name: field.type for field in (*shard.schema, *(kept or ()))}
     schema = pa.schema([(name, types[name]) for name in dict.fromkeys([*pictures, *columns])])
     for rows, found in read_rows(shard, work.rows, schema):
         if isinstance(found, str):
             yield _unread_block(found, shard, rows, [schema.field(name) for name in columns])
         else:
-            yield _block(found, shard, rows, spec, columns, beside)
+            yield from _blocks(found, shard, rows, spec, columns, beside)
 
 
-def _block(
+def _blocks(
     table: pa.Table,
     shard: Shard,
     rows: Sequence[int],
-    spec: InputSpec,
+    spec: JobSpec,
     columns: Sequence[str],
     beside: Storage,
-) -> pa.Table:
-    count = table.num_rows
-    images = table[spec.image].to_pylist() if spec.image else [[]] * count
-    videos = table[spec.video].to_pylist() if spec.video else [[]] * count
-    given = [
+) -> Iterator[pa.Table]:
+    """The rows with their pictures; so many at once that pictures by path are about `READ_BYTES`."""
+    given = _given(table, spec.input)
+    table = table.select(columns)
+    reader = _PictureReader(shard, beside, spec.limits.max_image_bytes)
+    with ThreadPoolExecutor(_FETCHES if any(map(_by_path, given)) else 1) as pool:
+        found = list(pool.map(reader.find, given))
+        del given
+        for start, stop in _cuts(
+            [0 if isinstance(row, _Unreadable) else _bytes_by_path(row) for row in found]
+        ):
+            results = list(pool.map(reader.read, found[start:stop]))
+            pictures = [None if isinstance(result, _Unreadable) else result for result in results]
+            errors = [
+                error_value(result.kind, "read", result.message) if isinstance(result, _Unreadable) else None
+                for result in results
+            ]
+            part = table.slice(start, stop - start)
+            block = {name: part[name] for name in columns}
+            yield _assembled(block, shard, rows[start:stop], pictures, errors)
+
+
+def _given(table: pa.Table, spec: InputSpec) -> list[_Pictures]:
+    """Each row's pictures as its cells hold them."""
+    nothing: list[list[Any]] = [[]] * table.num_rows
+    images = table[spec.image].to_pylist() if spec.image else nothing
+    videos = table[spec.video].to_pylist() if spec.video else nothing
+    return [
         # A null is no image only beside a video; alone it is one that is missing.
         ([] if image is None and video else _items(image), _spread(video or [], spec.max_frames))
         for image, video in zip(images, videos, strict=True)
     ]
-    pictures, errors = _read(given, shard, beside)
-    return _assembled({name: table[name] for name in columns}, shard, rows, pictures, errors)
+
+
+def _cuts(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Ranges of rows, each of about `READ_BYTES` at most or of a single row.
+
+    >>> list(_cuts([READ_BYTES, 1, 1, 2 * READ_BYTES]))
+    [(0, 1), (1, 3), (3, 4)]
+    """
+    start, total = 0, 0
+    for index, size in enumerate(sizes):
+        if index > start and total + size > READ_BYTES:
+            yield start, index
+            start, total = index, 0
+        total += size
+    yield start, len(sizes)
 
 
 def _unread_block(message: str, shard: Shard, rows: Sequence[int], columns: Sequence[pa.Field]) -> pa.Table:
@@ -156,30 +196,92 @@ class _Unreadable(Exception):
         self.kind, self.message = kind, message
 
 
+@dataclass(frozen=True, slots=True)
+class _File:
+    """A picture that lies beside the shard: its path below the input's root, as the cell has it, and its bytes."""
+
+    path: str
+    named: str
+    size: int
+
+
 _Pictures = tuple[list[Any], list[Any]]
-"""A row's images and the frames of its video: as given, or their bytes."""
+"""A row's images and the frames of its video: as given, found (bytes or a `_File`), or read."""
 
 
-def _read(
-    rows: Sequence[_Pictures], shard: Shard, beside: Storage
-) -> tuple[list[_Pictures | None], list[dict[str, str] | None]]:
-    """The encoded pictures of each row, or None with an error value for the row."""
-    by_path = any(_is_path(item) for row in rows for items in row for item in items)
-    with ThreadPoolExecutor(_FETCHES if by_path else 1) as pool:
+@dataclass(frozen=True, slots=True)
+class _PictureReader:
+    """Turns pictures as cells hold them into encoded files, in two steps: their sizes first, then their bytes."""
 
-        def read(row: _Pictures) -> _Pictures | _Unreadable:
-            try:
-                return [_encoded(item, shard, beside) for item in row[0]], _frames(row[1], shard, beside)
-            except _Unreadable as error:
-                return error
+    shard: Shard
+    beside: Storage
+    max_bytes: int
 
-        results = list(pool.map(read, rows)) if by_path else [read(row) for row in rows]
-    pictures = [None if isinstance(result, _Unreadable) else result for result in results]
-    errors = [
-        error_value(result.kind, "read", result.message) if isinstance(result, _Unreadable) else None
-        for result in results
-    ]
-    return pictures, errors
+    def find(self, row: _Pictures) -> _Pictures | _Unreadable:
+        """Each picture's bytes, or the `_File` that has them."""
+        return _each(row, self._find)
+
+    def read(self, row: _Pictures | _Unreadable) -> _Pictures | _Unreadable:
+        """Each picture's bytes."""
+        return row if isinstance(row, _Unreadable) else _each(row, self._read)
+
+    def _find(self, item: Any) -> bytes | _File:
+        if _is_path(item):
+            found: bytes | _File = self._look_up(item["path"])
+        else:
+            data = item.get("bytes") if isinstance(item, dict) else item
+            if data is None:
+                raise _Unreadable("decode", "there is no image: the cell is null")
+            found = data
+        size = found.size if isinstance(found, _File) else len(found)
+        if size > self.max_bytes:
+            named = redacted(f"image path {found.named!r}: ") if isinstance(found, _File) else ""
+            limit = f"limits.max_image_bytes={self.max_bytes}"
+            raise _Unreadable("too_large", f"{named}the encoded image has {size:,} bytes, above {limit}")
+        return found
+
+    def _look_up(self, named: str) -> _File:
+        """An image named by path, relative to its shard's folder; it must stay below the input's root."""
+        folder = self.shard.name.rpartition("/")[0]
+        path = f"{folder}/{named}" if folder else named
+        with _fetching(named), self.beside.open(path) as file:
+            return _File(path, named, file.seek(0, io.SEEK_END))
+
+    def _read(self, found: bytes | _File) -> bytes:
+        if isinstance(found, bytes):
+            return found
+        with _fetching(found.named):
+            return self.beside.read(found.path)
+
+
+def _each(row: _Pictures, action: Callable[[Any], Any]) -> _Pictures | _Unreadable:
+    """The action's results for a row's pictures, or why there are none."""
+    images, frames = row
+    try:
+        return [action(each) for each in images], [
+            _frame(frames, index, action) for index in range(len(frames))
+        ]
+    except _Unreadable as error:
+        return error
+
+
+def _frame(frames: list[Any], index: int, action: Callable[[Any], Any]) -> Any:
+    try:
+        return action(frames[index])
+    except _Unreadable as error:
+        message = f"frame {index + 1} of the video's {len(frames)}: {error.message}"
+        raise _Unreadable(error.kind, message) from None
+
+
+@contextmanager
+def _fetching(named: str) -> Iterator[None]:
+    """Turns what fails into the row's error. It stands in the output, so a URL's credentials are left out of it."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise _Unreadable("fetch", redacted(f"image path {named!r}: no such file beside the shard")) from None
+    except (OSError, ValueError) as error:
+        raise _Unreadable("fetch", redacted(f"image path {named!r}: {error}")) from None
 
 
 def _spread(frames: list[Any], count: int) -> list[Any]:
@@ -198,32 +300,9 @@ def _is_path(item: Any) -> bool:
     return isinstance(item, dict) and item.get("bytes") is None and bool(item.get("path"))
 
 
-def _encoded(item: Any, shard: Shard, beside: Storage) -> bytes:
-    if _is_path(item):
-        return _fetch(item["path"], shard, beside)
-    data = item.get("bytes") if isinstance(item, dict) else item
-    if data is None:
-        raise _Unreadable("decode", "there is no image: the cell is null")
-    return bytes(data)
+def _by_path(row: _Pictures) -> bool:
+    return any(_is_path(item) for items in row for item in items)
 
 
-def _frames(items: list[Any], shard: Shard, beside: Storage) -> list[bytes]:
-    frames: list[bytes] = []
-    for item in items:
-        try:
-            frames.append(_encoded(item, shard, beside))
-        except _Unreadable as error:
-            message = f"frame {len(frames) + 1} of the video's {len(items)}: {error.message}"
-            raise _Unreadable(error.kind, message) from None
-    return frames
-
-
-def _fetch(path: str, shard: Shard, beside: Storage) -> bytes:
-    """Reads an image named by path, relative to its shard's folder; it must stay below the input's root."""
-    folder = shard.name.rpartition("/")[0]
-    try:
-        return beside.read(f"{folder}/{path}" if folder else path)
-    except FileNotFoundError:
-        raise _Unreadable("fetch", f"image path {path!r}: no such file beside the shard") from None
-    except (OSError, ValueError) as error:
-        raise _Unreadable("fetch", f"image path {path!r}: {error}") from None
+def _bytes_by_path(row: _Pictures) -> int:
+    return sum(item.size for items in row for item in items if isinstance(item, _File))

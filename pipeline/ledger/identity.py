@@ -3,8 +3,9 @@
 Why: half an output captioned by one checkpoint and half by another is worse than none, and nobody notices. So the
 first run writes down what its captions depend on, and every later one is compared with it, field by field.
 
-Identity is made of content. Of a checkpoint on the hub, its id and revision stand for it. A local folder
-is known by its files (`weights_fingerprint`), whatever the folder is called and wherever it was copied to.
+Identity is made of content. Of a checkpoint on the hub, its id and commit stand for it: the revision of a spec that
+comes here is pinned (pipeline/run/checkpoint.py). A local folder is known by its files (`weights_fingerprint`),
+whatever the folder is called and wherever it was copied to.
 """
 
 import hashlib

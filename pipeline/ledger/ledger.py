@@ -253,6 +253,14 @@ class Ledger:
                 f"output.path: {self.storage.url} is a file, or lies below one; name a folder"
             ) from None
 
+    def bound_fields(self) -> dict[str, Any]:
+        """What the output's captions depend on, by dotted name, as spec.json says; {} before a first run."""
+        try:
+            fields: dict[str, Any] = recorded(self.storage.read(SPEC), f"{self.storage.url}/{SPEC}")["fields"]
+            return fields
+        except (FileNotFoundError, NotADirectoryError, MissingBucket):
+            return {}
+
     def bind(self, spec: JobSpec, root: str = "") -> None:
         """As `check`, and writes spec.json: what captions depend on, the root (a URL) at which the names of shards
         begin, and the whole spec of the last run.

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pipeline.ledger.identity import recorded
 from pipeline.ledger.ledger import SPEC
 from pipeline.spec.job_spec import JobSpec, SpecError, apply_override, load_spec, parse_spec
+from pipeline.spec.secrets import WHERE_THEY_BELONG, holds_credentials
 from pipeline.storage.storage import Storage
 
 
@@ -17,6 +18,8 @@ def load_job(target: str, overrides: Sequence[str] = ()) -> JobSpec:
     """The spec of a job named by its output folder, or by its spec (`.yaml`, `.yml`). Raises SpecError."""
     if target.endswith((".yaml", ".yml")):
         return load_spec(target, overrides)
+    if holds_credentials(target):
+        raise SpecError(f"{target}: {WHERE_THEY_BELONG}")
     storage = Storage(target)
     source = f"{storage.url}/{SPEC}"
     try:

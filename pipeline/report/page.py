@@ -28,6 +28,9 @@ from typing import Literal
 import jinja2
 from PIL import Image
 
+from actors.images.formats import PILLOW
+from actors.images.opening import open_image
+
 Verdict = Literal["right", "wrong", "error", "unjudged"]
 
 _THUMBNAIL_SIDE = 400  # pixels: twice the 190 or so a picture takes on the page, for dense displays
@@ -185,7 +188,7 @@ def picture(data: bytes | None, max_pixels: int = _MAX_PIXELS) -> Picture:
     if not data:
         return Picture(None, problem="no image bytes")
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(data, tuple(PILLOW)) as image:
             width, height = image.size
             if width * height > max_pixels:
                 return Picture(None, problem=f"{width} × {height} is too large to show")

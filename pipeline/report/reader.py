@@ -193,7 +193,7 @@ def _with_input(spec: JobSpec, chosen: Iterable[_Seen]) -> Iterator[Card]:
     for group in by_shard.values():
         shard = group[0].shard
         work = ShardWork(shard, RowSet.of(seen.row for seen in group) & RowSet.span(shard.rows))
-        tables = read_shard(work, spec.input, columns)
+        tables = read_shard(work, spec, columns)
         rows = {row[ROW]: row for table in tables for row in table.to_pylist()}
         for seen in group:
             source = rows.get(seen.row)

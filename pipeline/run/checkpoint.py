@@ -1,8 +1,15 @@
-"""The checkpoint as the driver looks at it: what is missing, damaged or unfit is told before anything starts."""
+"""The checkpoint as the driver looks at it: what is missing, damaged or unfit is told before anything starts.
+
+A checkpoint on the hub is pinned to a commit: a branch moves, and an output that was begun with one commit is finished
+with it, on every actor and in every later run.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
 
 from actors.checkpoint_files import CheckpointError, HubError, check_path
 from pipeline.run.outcome import JobError
@@ -22,6 +29,47 @@ def check_model_path(spec: JobSpec) -> None:
         check_path(model_path(spec))
     except CheckpointError as error:
         raise SpecError(f"model.path: {error}") from None
+
+
+def pinned(spec: JobSpec, bound: Mapping[str, Any]) -> JobSpec:
+    """The spec with the commit of a hub checkpoint as its revision: where none is asked for, the commit in `bound`,
+    what the output's captions depend on; else, or in a new output, the one that the hub has now.
+
+    Raises as `check_checkpoint` does.
+    """
+    if os.path.isdir(spec.model.path):
+        return spec
+    if spec.model.revision is None and bound.get("model.path") == spec.model.path:
+        return _at(spec, bound.get("model.revision"))
+    from actors.checkpoint_hub import commit_of
+
+    try:
+        return _at(spec, commit_of(spec.model.path, spec.model.revision) or spec.model.revision)
+    except HubError as error:
+        raise JobError(f"model.path: {error}") from None
+    except CheckpointError as error:
+        raise SpecError(f"model.path: {error}") from None
+
+
+def moved(asked: JobSpec, spec: JobSpec) -> str:
+    """What to tell people where the hub has another commit by now than the pinned one of `spec`; "" where it has not,
+    or does not say."""
+    if asked.model.revision is not None or spec.model.revision is None:
+        return ""
+    from actors.checkpoint_hub import commit_of
+
+    with suppress(CheckpointError):
+        now = commit_of(spec.model.path, None)
+        if now and now != spec.model.revision:
+            return (
+                f"{spec.model.path} has moved on to commit {now[:12]}; this output goes on with "
+                f"{spec.model.revision[:12]}, with which it was begun (for the other, set output.path to a new folder)"
+            )
+    return ""
+
+
+def _at(spec: JobSpec, revision: str | None) -> JobSpec:
+    return spec.model_copy(update={"model": spec.model.model_copy(update={"revision": revision})})
 
 
 def check_checkpoint(spec: JobSpec) -> None:

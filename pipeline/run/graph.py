@@ -56,7 +56,7 @@ def dataset(
 
     Its rows are those of stages.py: a report of each block. Ray is initialised.
     """
-    source = ShardSource(work, spec.input, needed_columns(spec, work[0].shard.schema), kept, fence)
+    source = ShardSource(work, spec, needed_columns(spec, work[0].shard.schema), kept, fence)
     preprocess, generate = spec.resources.preprocess, spec.resources.generate
     register = watch()
     return (
@@ -199,6 +199,7 @@ def _preprocess_config(spec: JobSpec, kept: pa.Schema) -> PreprocessConfig:
         keep=tuple(kept.names),
         max_pixels=spec.limits.max_pixels,
         max_new_tokens=spec.generation.max_new_tokens,
+        formats=spec.limits.formats,
     )
 
 

@@ -24,20 +24,21 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from actors.images.formats import DEFAULT_FORMATS, PILLOW
 from pipeline.spec import errors as spec_errors
+from pipeline.spec.secrets import WHERE_THEY_BELONG, holds_credentials, redacted
 
 
 class SpecError(ValueError):
     """The job spec is wrong; the message names the field, what was found and what to write instead."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(redacted(message))  # it may repeat a URL
+
 
 def _without_credentials(url: str) -> str:
-    # A port ("host:9000/…") is not a password; "key:secret@" is, even where the secret itself holds slashes.
-    if re.search(r"://[^/@:]*:(?!\d+(/|$))[^@]*@", url):
-        raise ValueError(
-            "holds credentials; take them out and give them to the storage through its environment or "
-            "configuration (S3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or an instance role)"
-        )
+    if holds_credentials(url):
+        raise ValueError(WHERE_THEY_BELONG)
     if not url.strip():
         raise ValueError("must not be empty")
     return url
@@ -101,6 +102,13 @@ def template_fields(template: str) -> tuple[str, ...]:
 def _checked_template(template: str) -> str:
     template_fields(template)
     return template
+
+
+def _known_formats(names: tuple[str, ...]) -> tuple[str, ...]:
+    for name in names:
+        if name not in PILLOW:
+            raise ValueError(f"{name!r} is none of the formats that can be decoded: {', '.join(PILLOW)}")
+    return names
 
 
 Url = Annotated[str, AfterValidator(_without_credentials)]
@@ -201,13 +209,17 @@ class LimitsSpec(_Section):
     """A job that is done exits 3 above `max_failed_fraction`, the share of error rows, or `max_failed_shards`, the
     number of input files that cannot be read, wholly or in part. A run stops with 3 once `stop_after_failures` rows,
     all so far, failed with one kind of error (null: never). A run over changed shards that hold more than
-    `max_recaption_fraction` of the rows captioned is refused until it is asked for. `max_pixels`: of one image."""
+    `max_recaption_fraction` of the rows captioned is refused until it is asked for. `max_pixels` and `max_image_bytes`
+    are of one image: decoded, and encoded (64 MiB hold a photograph of 100 Mpixel, and a block of 32 such rows still
+    fits in memory). `formats` are those that are decoded (actors/images/formats.py)."""
 
     max_failed_fraction: Real = Field(default=0.05, ge=0, le=1)
     max_failed_shards: Count = Field(default=0, ge=0)
     stop_after_failures: Annotated[Count, Field(ge=1)] | None = 200
     max_recaption_fraction: Real = Field(default=0.1, ge=0, le=1)
     max_pixels: Count = Field(default=178_956_970, ge=1)
+    max_image_bytes: Count = Field(default=64 << 20, ge=1)
+    formats: Annotated[Names, Field(min_length=1), AfterValidator(_known_formats)] = DEFAULT_FORMATS
 
 
 class JobSpec(_Section):
@@ -225,8 +237,9 @@ class JobSpec(_Section):
     def fingerprint_fields(self) -> dict[str, Any]:
         """Dotted name -> JSON value of every field captions depend on (ledger/identity.py adds what lies beyond).
 
-        Not the input's path (a grown folder is an increment), not the engine (engines are token-exact), not
-        resources, name or output: those may change between the runs of one output.
+        Not the input's path (a grown folder is an increment), not the engine (engines are token-exact), not limits
+        (they decide which rows fail, not what a caption says: raise one, and retry those rows), not resources, name or
+        output: those may change between the runs of one output.
         """
         flat = spec_errors.flatten(self.model_dump(mode="json"))
         inputs = ("input.image", "input.video", "input.max_frames", "input.prompt", "input.keep")
@@ -234,7 +247,7 @@ class JobSpec(_Section):
         return {
             name: value
             for name, value in flat.items()
-            if name in chosen or name == "limits.max_pixels" or name.startswith(("prompt.", "generation."))
+            if name in chosen or name.startswith(("prompt.", "generation."))
         }
 
 
@@ -263,6 +276,8 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> JobSpec:
 
 
 def _read_text(path: str) -> str:
+    if holds_credentials(path):
+        raise SpecError(f"{path}: {WHERE_THEY_BELONG}")
     try:
         if "://" not in path:
             return Path(path).read_text(encoding="utf-8")

@@ -44,6 +44,8 @@ def test_bad_rows_become_error_rows_and_the_others_go_on():
     assert kinds == [None, "decode", "decode", "too_large", "fetch", "prompt", "prompt"]
     assert "40000 pixels" in rows[3][ERROR]["message"] and "max_pixels=10000" in rows[3][ERROR]["message"]
     assert rows[4][ERROR] == failed
+    told = "input.prompt: column 'prompt' holds no prompt in this row (it is null)"
+    assert rows[5][ERROR] == error_value("prompt", "preprocess", told)
     assert all(row[PIXELS] is None for row in rows[1:]) and rows[0][PIXELS]
 
 

@@ -88,10 +88,10 @@ def _die(manner: Manner) -> None:
 def _poison_decoder(module: ModuleType) -> None:
     decode = module.decode
 
-    def deadly(data: bytes, max_pixels: int) -> Any:
+    def deadly(data: bytes, *limits: Any) -> Any:
         if data.startswith(MARK):
             _die(cast(Manner, data.removeprefix(MARK).decode()))
-        return decode(data, max_pixels)
+        return decode(data, *limits)
 
     module.__dict__["decode"] = deadly
 

@@ -128,9 +128,7 @@ def test_truncated_is_an_error(file_format: str, kept: float) -> None:
     assert error.value.kind == "decode"
 
 
-@pytest.mark.parametrize(
-    "data", [b"x", b"not an image at all", b"\x89PNG\r\n\x1a\n", b"<svg></svg>", bytes(999)]
-)
+@pytest.mark.parametrize("data", [b"x", b"not an image at all", b"\x89PNG\r\n\x1a\n", b"BM<", bytes(999)])
 def test_other_bytes_are_an_error(data: bytes) -> None:
     with pytest.raises(RowError, match="not an image|cannot decode") as error:
         decode(data, LIMIT)

@@ -1,6 +1,7 @@
 """Reading damaged parquet: every row comes back, right or told as unreadable; storage that fails is not damage."""
 
 import errno
+import io
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -220,3 +221,25 @@ def test_storage_that_fails_is_no_damage_and_names_the_shard(
     monkeypatch.setattr(reading, "open_file", lambda *_: RetryingFile(fetch, len(data)))
     with pytest.raises(StorageError, match=f"a.parquet: .*{error.args[-1]}"):
         read(shard)
+
+
+def test_a_column_of_large_cells_streams_and_few_rows_are_decoded_at_once(tmp_path, monkeypatch):
+    """Not pre-buffered: a row group of pictures may be larger than a task's memory."""
+    monkeypatch.setattr(reading, "_BUFFER", 1000)
+    monkeypatch.setattr(reading, "READ_BYTES", 4000)
+    noise = random.Random(1)
+    images = [{"bytes": noise.randbytes(400), "path": ""} for _ in range(100)]
+    table = pa.table([pa.array(images, IMAGE), [""] * 100, range(100)], schema=SCHEMA)
+    shard = write(tmp_path, table, write_batch_size=1)
+    asked: list[int] = []
+
+    class Spy(io.FileIO):
+        def read(self, count: int | None = -1) -> bytes:
+            asked.append(count or -1)
+            return super().read(count)
+
+    monkeypatch.setattr(reading, "open_file", lambda _, path, size: Spy(path))
+    sizes = [len(rows) for rows, _ in read_rows(shard, RowSet.span(100), SCHEMA)]
+    assert sum(sizes) == 100 and max(sizes) <= 10
+    body = asked[2:]  # the footer comes first, in two pieces
+    assert len(body) > 20 and max(body) <= 2000

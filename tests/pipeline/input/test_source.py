@@ -1,5 +1,7 @@
 """The source: the remaining rows and no others, every form of image column, and paths that may not escape."""
 
+import random
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -9,7 +11,8 @@ from pipeline.input.columns import job_schema
 from pipeline.input.rows import RowSet
 from pipeline.input.shards import discover
 from pipeline.input.source import ShardSource, ShardWork, read_shard
-from pipeline.spec.job_spec import InputSpec, parse_spec
+from pipeline.spec.job_spec import parse_spec
+from pipeline.storage.storage import Storage
 
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -24,8 +27,18 @@ def write(folder, table: pa.Table, name="a.parquet", row_group_size=10):
     return shard
 
 
-def read(shard, rows=None, columns=("id",), **fields) -> list[dict]:
-    spec = InputSpec(path=shard.root, **fields)
+def spec_of(shard, limits=None, **fields):
+    given = {"path": shard.root, **fields}
+    return parse_spec(
+        {"input": given, "model": {"path": "m"}, "output": {"path": "o"}, "limits": limits or {}}
+    )
+
+
+def read(shard, rows=None, columns=("id",), limits=None, **fields) -> list[dict]:
+    given = {"path": shard.root, **fields}
+    spec = parse_spec(
+        {"input": given, "model": {"path": "m"}, "output": {"path": "o"}, "limits": limits or {}}
+    )
     work = ShardWork(shard, RowSet.span(shard.rows) if rows is None else RowSet.of(rows))
     return [row for table in read_shard(work, spec, columns) for row in table.to_pylist()]
 
@@ -145,6 +158,15 @@ def test_images_by_path_are_fetched_from_beside_the_shard(tmp_path):
     assert not any(b"secret" in str(row).encode() for row in rows)
 
 
+def test_credentials_in_a_picture_s_path_are_not_repeated(tmp_path):
+    paths = ["https://me:hush@host/x.png", "https://host/x.png?X-Amz-Signature=hush", "x.png?sig=hush&se=1"]
+    cells = pa.array([{"bytes": None, "path": path} for path in paths], STRUCT)
+    rows = read(write(tmp_path, pa.table({"image": cells})), columns=())
+    messages = [row[ERROR]["message"] for row in rows]
+    assert not any("hush" in message for message in messages)
+    assert "https://...@host/x.png" in messages[0] and "x.png?..." in messages[2]
+
+
 def test_a_task_a_shard_with_kept_columns_of_one_type(tmp_path):
     strings = pa.array(["x"]).dictionary_encode()
     pq.write_table(pa.table({"tag": strings, "image": [b"a"]}), tmp_path / "a.parquet")
@@ -152,7 +174,7 @@ def test_a_task_a_shard_with_kept_columns_of_one_type(tmp_path):
     spec = parse_spec({"input": {"path": str(tmp_path)}, "model": {"path": "m"}, "output": {"path": "o"}})
     shards = discover(spec.input).shards
     kept = job_schema(spec, shards)
-    source = ShardSource([ShardWork(shard, RowSet.span(1)) for shard in shards], spec.input, ["tag"], kept)
+    source = ShardSource([ShardWork(shard, RowSet.span(1)) for shard in shards], spec, ["tag"], kept)
     tasks = source.get_read_tasks(parallelism=200)
     assert [task.metadata.num_rows for task in tasks] == [1, 1]
     blocks = [block for task in tasks for block in task()]
@@ -162,8 +184,60 @@ def test_a_task_a_shard_with_kept_columns_of_one_type(tmp_path):
 
 def test_a_shard_that_changed_gives_an_empty_block_like_the_others(tmp_path):
     shard = write(tmp_path, pa.table({"id": range(3), "image": [b"x"] * 3}))
-    work, spec = ShardWork(shard, RowSet.span(3)), InputSpec(path=shard.root)
+    work, spec = ShardWork(shard, RowSet.span(3)), spec_of(shard)
     (before,) = read_shard(work, spec, ["id"])
     write(tmp_path, pa.table({"id": range(5), "image": [b"y"] * 5}))
     (after,) = read_shard(work, spec, ["id"])
     assert (before.num_rows, after.num_rows) == (3, 0) and after.schema == before.schema
+
+
+def test_a_picture_that_is_too_large_is_not_read(tmp_path, monkeypatch):
+    (tmp_path / "large.png").write_bytes(b"x" * 101)
+    (tmp_path / "small.png").write_bytes(b"x" * 100)
+    cells = [
+        {"bytes": b"x" * 101, "path": None},
+        {"bytes": b"x" * 100, "path": None},
+        {"bytes": None, "path": "large.png"},
+        {"bytes": None, "path": "small.png"},
+    ]
+    clips = pa.array([[], [], [], [cells[1], cells[2]]], pa.list_(STRUCT))
+    shard = write(tmp_path, pa.table({"image": pa.array(cells, STRUCT), "clip": clips}))
+    fetched, fetch = [], Storage.read
+    monkeypatch.setattr(
+        Storage, "read", lambda self, path, *rest: fetched.append(path) or fetch(self, path, *rest)
+    )
+    rows = read(shard, columns=(), limits={"max_image_bytes": 100}, video="clip")
+    assert [row[IMAGES] for row in rows] == [None, [b"x" * 100], None, None]
+    told = "the encoded image has 101 bytes, above limits.max_image_bytes=100"
+    assert [row[ERROR] and row[ERROR]["message"] for row in rows] == [
+        told,
+        None,
+        f"image path 'large.png': {told}",
+        f"frame 2 of the video's 2: image path 'large.png': {told}",
+    ]
+    assert {row[ERROR]["kind"] for row in rows if row[ERROR]} == {"too_large"}
+    assert not fetched
+    read(shard, columns=(), limits={"max_image_bytes": 100})
+    assert fetched == ["small.png"]
+
+
+@pytest.mark.parametrize("by_path", [False, True])
+def test_tables_are_cut_by_bytes(tmp_path, monkeypatch, by_path):
+    monkeypatch.setattr("pipeline.input.source.READ_BYTES", 1000)
+    monkeypatch.setattr("pipeline.input.reading.READ_BYTES", 1000)
+    sizes = [100] * 20 + [1500] * 4 + [100] * 20
+    for index, size in enumerate(sizes):
+        (tmp_path / f"{index}.png").write_bytes(random.Random(index).randbytes(size))
+    cells = [
+        {"bytes": None, "path": f"{index}.png"}
+        if by_path
+        else {"bytes": (tmp_path / f"{index}.png").read_bytes(), "path": None}
+        for index in range(len(sizes))
+    ]
+    shard = write(tmp_path, pa.table({"id": range(len(sizes)), "image": pa.array(cells, STRUCT)}))
+    tables = list(read_shard(ShardWork(shard, RowSet.span(len(sizes))), spec_of(shard), ["id"]))
+    assert [row["id"] for table in tables for row in table.to_pylist()] == list(range(len(sizes)))
+    bytes_of = [sum(len(row[IMAGES][0]) for row in table.to_pylist()) for table in tables]
+    assert sum(bytes_of) == sum(sizes)
+    # By path their sizes are known before; in cells only the row group's average is.
+    assert max(bytes_of) <= (1500 if by_path else 4500) and len(tables) >= 8

@@ -23,7 +23,9 @@ resources:
   preprocess: {replicas: [1, 16], cpus: 1}
   generate: {replicas: [1, 8], gpus: 1}
 output: {path: s3://bucket/captions/}
-limits: {max_failed_fraction: 0.05, max_failed_shards: 0, stop_after_failures: 200, max_pixels: 178956970}
+limits:
+  {max_failed_fraction: 0.05, max_failed_shards: 0, stop_after_failures: 200, max_pixels: 178956970,
+   max_image_bytes: 67108864, formats: [jpeg, png, webp, gif, bmp, tiff, avif]}
 """
 
 
@@ -104,6 +106,10 @@ def test_overrides(tmp_path: Path) -> None:
         ("input.max_frames", 0, ["input.max_frames", "greater than or equal to 1", "found 0"]),
         ("input.path", [], ["input.path", "at least 1"]),
         ("input.path", ["a", 3], ["input.path[1]", "found 3"]),
+        ("limits.formats", ["png", "jpg"], ["limits.formats", "'jpg' is none of", "jpeg, png, webp"]),
+        ("limits.formats", "eps", ["limits.formats", "'eps' is none of"]),
+        ("limits.formats", [], ["limits.formats", "at least 1"]),
+        ("limits.max_image_bytes", 0, ["limits.max_image_bytes", "greater than or equal to 1"]),
         ("prompt.template", "{a.b}", ["prompt.template", "{a.b}", "plain column names"]),
         ("prompt.template", "{a[0]}", ["prompt.template", "plain column names"]),
         ("prompt.template", "{a!r}", ["prompt.template", "{a!r}"]),
@@ -126,9 +132,20 @@ def test_missing_sections_are_all_named() -> None:
     assert "output is missing" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "url", ["s3://AKIA:hush@bucket/x", "s3://AKIA:hu/sh@bucket/x", "https://u:hush@host:80/x"]
-)
+CREDENTIALS = [
+    "s3://AKIA:hush@bucket/x",
+    "s3://AKIA:hu/sh@bucket/x",
+    "s3://AKIA:hush hush@bucket/x",
+    "https://u:hush@host:80/x",
+    "https://AKIAhush@host/x",
+    "https://host/x.parquet?X-Amz-Credential=AKIA&X-Amz-Signature=hush",
+    "https://account.blob.core.windows.net/c/x?sv=2024&se=AKIA&sig=hush%3D",
+    "simplecache::https://host/x?sig=hush",
+    "zip://a.parquet::https://u:hush@host/x.zip",
+]
+
+
+@pytest.mark.parametrize("url", CREDENTIALS)
 @pytest.mark.parametrize("name", ["input.path", "model.path", "output.path"])
 def test_credentials_are_refused_and_never_repeated(url: str, name: str) -> None:
     with pytest.raises(SpecError) as caught:
@@ -140,6 +157,22 @@ def test_credentials_are_refused_and_never_repeated(url: str, name: str) -> None
     assert "hush" not in str(caught.value)
 
 
+@pytest.mark.parametrize("url", ["s3://AKIA:hush@bucket/x", "https://host/x?sig=hush"])
+def test_no_other_refusal_repeats_credentials_either(tmp_path: Path, url: str) -> None:
+    (tmp_path / "job.yaml").write_text(f"input: {url}\nmodel: {{path: m}}\noutput: {{path: [{url}]}}\n")
+    (tmp_path / "broken.yaml").write_text(f"output: {{path: {url}\n")
+    for name, overrides in [
+        ("job.yaml", []),
+        ("broken.yaml", []),
+        (f"{url}.yaml", []),
+        ("job.yaml", [f"output.path.x={url}", f"input={url}"]),
+        ("job.yaml", [url]),
+    ]:
+        with pytest.raises(SpecError) as caught:
+            load_spec(name if "://" in name else tmp_path / name, overrides)
+        assert "hush" not in str(caught.value), str(caught.value)
+
+
 def test_a_checkpoint_may_be_in_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
     assert with_field("model.path", "~/llava").model.path == "/home/somebody/llava"
@@ -147,8 +180,13 @@ def test_a_checkpoint_may_be_in_the_home_folder(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    "url", ["http://host:9000/a@b", "s3://bucket/a@b:c", "sftp://user@host/x", "C:/x@y", "/a/b"]
-)
+    "url",
+    [
+        "http://host:9000/a@b", "s3://bucket/a@b:c", "sftp://user@host/x", "C:/x@y", "/a/b", "a?b=c/d",
+        "github://org:repo@ref/in", "s3://bucket/day=202?/part-?.parquet", "hf://datasets/a/b@main/x",
+        "abfs://container@account.dfs.core.windows.net/x", "zip://a.parquet::hf://datasets/a/b@main/x.zip",
+    ],
+)  # fmt: skip
 def test_urls_without_credentials_are_not_refused(url: str) -> None:
     assert with_field("output.path", url).output.path == url
 
@@ -198,7 +236,7 @@ def test_the_fingerprint_fields_are_those_captions_depend_on() -> None:
         "input.prompt": "q", "input.keep": ["id"], "prompt.template": "x",
         "prompt.system": "x",
         "model.path": "x", "model.revision": "x", "model.dtype": "float32", "generation.seed": 1,
-        "generation.stop": ["x"], "generation.max_new_tokens": 1, "limits.max_pixels": 1,
+        "generation.stop": ["x"], "generation.max_new_tokens": 1,
     }  # fmt: skip
     for name, value in different.items():
         changed = with_field(name, value)
@@ -207,6 +245,7 @@ def test_the_fingerprint_fields_are_those_captions_depend_on() -> None:
     same = {
         "name": "b", "input.path": "x", "model.engine": "reference", "output.path": "x",
         "resources.generate.gpus": 0, "limits.max_failed_fraction": 1,
+        "limits.max_pixels": 1, "limits.max_image_bytes": 1, "limits.formats": "png",
     }  # fmt: skip
     for name, value in same.items():
         assert with_field(name, value).fingerprint_fields() == base.fingerprint_fields(), name

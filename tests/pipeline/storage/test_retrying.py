@@ -368,7 +368,7 @@ def test_a_shard_is_read_through_bad_weather(line: BadLine, bucket: str, tmp_pat
     line.faults = [None, "throttle", None, "reset"]
     (shard,) = discover(parse_spec(spec).input).shards
     line.faults = [None, "cut", "reset", None, "throttle", None, "cut"] * 3
-    found = pa.concat_tables(read_shard(ShardWork(shard, RowSet.span(200)), parse_spec(spec).input, ["id"]))
+    found = pa.concat_tables(read_shard(ShardWork(shard, RowSet.span(200)), parse_spec(spec), ["id"]))
     assert (
         found["id"] == table["id"]
         and [row[0] for row in found["_images"].to_pylist()] == table["image"].to_pylist()
