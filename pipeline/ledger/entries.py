@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -98,9 +98,9 @@ def entries_of(table: pa.Table) -> dict[str, Entry]:
     return entries
 
 
-def encode(entries: Mapping[str, Entry]) -> str:
-    """The footer's JSON; equal entries give equal text."""
-    shards = {
+def to_plain(entries: Mapping[str, Entry]) -> dict[str, Any]:
+    """The entries as JSON has them."""
+    return {
         name: {
             "fingerprint": entry.fingerprint,
             "rows": entry.rows.to_json(),
@@ -109,6 +109,24 @@ def encode(entries: Mapping[str, Entry]) -> str:
         }
         for name, entry in entries.items()
     }
+
+
+def from_plain(shards: Mapping[str, Any]) -> dict[str, Entry]:
+    """The inverse of `to_plain`; raises ValueError, KeyError or TypeError."""
+    return {
+        name: Entry(
+            item["fingerprint"],
+            RowSet.from_json(item["rows"]),
+            RowStats(**item["stats"]),
+            tuple(item["digests"]),
+        )
+        for name, item in shards.items()
+    }
+
+
+def encode(entries: Mapping[str, Entry]) -> str:
+    """The footer's JSON; equal entries give equal text."""
+    shards = to_plain(entries)
     return _json({"format": FORMAT, "digest": _digest(shards), "shards": shards})
 
 
@@ -130,15 +148,7 @@ def decode(footer: pq.FileMetaData, size: int) -> dict[str, Entry]:
     whole = pages + footer.serialized_size + _ENDS
     if size != whole:
         raise ValueError(f"is damaged: it has {size:,} bytes, and its pages and its footer {whole:,}")
-    return {
-        name: Entry(
-            item["fingerprint"],
-            RowSet.from_json(item["rows"]),
-            RowStats(**item["stats"]),
-            tuple(item["digests"]),
-        )
-        for name, item in record["shards"].items()
-    }
+    return from_plain(record["shards"])
 
 
 def to_parquet(table: pa.Table, entries: Mapping[str, Entry], statistics: bool) -> bytes:

@@ -11,8 +11,8 @@ dry by itself.
 
 from __future__ import annotations
 
+import json
 import os
-import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,13 +21,14 @@ import pyarrow as pa
 from actors.attempts import Attempts
 from actors.generate import Generate, GenerateConfig
 from actors.preprocess import Preprocess, PreprocessConfig
+from pipeline.ledger.entries import from_plain, to_plain
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.state import Published
 from pipeline.run.failing import example_of
 from pipeline.storage.lease import Fence
 from pipeline.storage.retrying import RETRIES
 
-_REPORT = "report"  # the one column of what leaves the pipeline, pickled
+_REPORT = "report"  # the one column of what leaves the pipeline: JSON
 
 _NICENESS = 4  # Ray starts its workers at 15, and 19 yields most
 
@@ -42,13 +43,16 @@ class Report:
     storage_retries: int
 
     def to_block(self) -> pa.Table:
-        return pa.table({_REPORT: pa.array([pickle.dumps(self)], pa.binary())})
+        parts = [(part.path, part.rows, to_plain(part.entries)) for part in self.parts]
+        return pa.table({_REPORT: [json.dumps([parts, self.example, self.storage_retries])]})
 
 
 def reports_in(block: pa.Table) -> Iterator[Report]:
     """The inverse of `Report.to_block`, of one or several."""
     for data in block[_REPORT].to_pylist():
-        yield pickle.loads(data)
+        parts, example, storage_retries = json.loads(data)
+        published = tuple(Published(path, rows, from_plain(entries)) for path, rows, entries in parts)
+        yield Report(published, example, storage_retries)
 
 
 class DrainingPreprocess(Preprocess):

@@ -55,6 +55,7 @@ def test_a_shard_that_changes_while_a_job_runs_and_what_comes_after(tmp_path, ra
     command = [sys.executable, "-m", "jobs.cli", "run", SPEC, *arguments]
     env = environment(RAY_ADDRESS=ray_address)
     with subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
         while "starting Ray" not in process.stderr.readline():
             assert process.poll() is None
         second.write_bytes(new.read_bytes())

@@ -4,9 +4,10 @@ import errno
 import io
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -164,13 +165,13 @@ def deleted(path: Path, data: bytes) -> None:
 
 @pytest.mark.parametrize("change", [rewritten_in_place, renamed_over, deleted])
 @pytest.mark.parametrize("after", [0, 1, 4])
-def test_no_row_comes_of_a_version_that_was_not_listed(tmp_path: Path, change: Callable, after: int) -> None:
+def test_no_row_comes_of_a_version_that_was_not_listed(tmp_path, change, after):
     write(tmp_path)
     (shard,) = discover(InputSpec(path=(str(tmp_path),))).shards
     path, expected = Path(shard.url), rows_of().to_pylist()
     other = path.read_bytes()
     assert other.count(b"title 1") and other.count(b"TITLE 1") == 0
-    found = read_rows(shard, RowSet.span(shard.rows), SCHEMA)
+    found: Iterator[Any] = read_rows(shard, RowSet.span(shard.rows), SCHEMA)
     tables = [next(found) for _ in range(after)]
     change(path, other.replace(b"title", b"TITLE"))
     rest = list(found)
@@ -180,12 +181,12 @@ def test_no_row_comes_of_a_version_that_was_not_listed(tmp_path: Path, change: C
     assert (len(rows) > 0) == (after > 0)
 
 
-def test_an_object_that_is_put_anew_while_it_is_read(s3_url: str, tmp_path: Path) -> None:
+def test_an_object_that_is_put_anew_while_it_is_read(s3_url, tmp_path):
     write(tmp_path, compression="none")
     storage, data = Storage(s3_url), (tmp_path / "a.parquet").read_bytes()
     storage.put_atomic("a.parquet", data)
     (shard,) = discover(InputSpec(path=(s3_url,))).shards
-    found = read_rows(shard, RowSet.span(shard.rows), SCHEMA)
+    found: Iterator[Any] = read_rows(shard, RowSet.span(shard.rows), SCHEMA)
     first = next(found)
     storage.put_atomic("a.parquet", data)  # the very same bytes have the same etag
     second = next(found)

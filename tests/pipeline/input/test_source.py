@@ -202,10 +202,14 @@ def test_a_picture_that_is_too_large_is_not_read(tmp_path, monkeypatch):
     ]
     clips = pa.array([[], [], [], [cells[1], cells[2]]], pa.list_(STRUCT))
     shard = write(tmp_path, pa.table({"image": pa.array(cells, STRUCT), "clip": clips}))
-    fetched, fetch = [], Storage.read
-    monkeypatch.setattr(
-        Storage, "read", lambda self, path, *rest: fetched.append(path) or fetch(self, path, *rest)
-    )
+    fetched: list[str] = []
+    fetch = Storage.read
+
+    def noted(self: Storage, path: str, *rest: int) -> bytes:
+        fetched.append(path)
+        return fetch(self, path, *rest)
+
+    monkeypatch.setattr(Storage, "read", noted)
     rows = read(shard, columns=(), limits={"max_image_bytes": 100}, video="clip")
     assert [row[IMAGES] for row in rows] == [None, [b"x" * 100], None, None]
     told = "the encoded image has 101 bytes, above limits.max_image_bytes=100"

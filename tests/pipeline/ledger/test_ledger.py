@@ -456,8 +456,9 @@ def test_law_11_damage_is_not_sealed(ledger: Ledger, amending: bool) -> None:
     """A byte of a page differs, and it decodes all the same: its checksum tells, before it gets digests of its own."""
     if amending:
         run_to_the_end(ledger, [B], [captions(B.name, range(5), failed=[1])])
-    part = ledger.publish(captions(B.name, [1] if amending else range(5)), RETRY if amending else JOURNAL)
-    path = "data/sub/b.parquet" if amending else part
+    rows, folder = ([1], RETRY) if amending else (range(5), JOURNAL)
+    (part,) = ledger.publish(captions(B.name, rows), folder)
+    path = "data/sub/b.parquet" if amending else part.path
     ledger.storage.put_atomic(path, silently_damaged(ledger.storage.read(path)))
     before = sealed_bytes(ledger)
     seal = partial(merge_retried, ledger, [B]) if amending else partial(ledger.seal, B, KEPT)
