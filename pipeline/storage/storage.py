@@ -17,7 +17,7 @@ and friends; other options of s3fs through fsspec's own configuration (FSSPEC_S3
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
@@ -133,9 +133,8 @@ class Storage:
             return self.local
         self.put_atomic(probe, b"probe")
         try:
-            return self._with_retries(
-                "writing", probe, lambda: s3.keeps_conditions(self.filesystem, self.full(probe))
-            )
+            path = self.full(probe)
+            return self._with_retries("writing", probe, lambda: s3.keeps_conditions(self.filesystem, path))
         finally:
             self.delete([probe])
 
@@ -211,11 +210,7 @@ class Storage:
             self._guarded("deleting", path, lambda: self._remove(path))
 
     def _delete_keys(self, paths: Sequence[str]) -> bool:
-        return self._guarded(
-            "deleting",
-            f"{paths[0]} and others",
-            lambda: self._remove_keys(paths),
-        )
+        return self._guarded("deleting", f"{paths[0]} and others", lambda: self._remove_keys(paths))
 
     def _compared(
         self, doing: str, path: str, as_expected: Callable[[], bool], write: Callable[[], bool]
@@ -265,7 +260,7 @@ class Storage:
         if not self.local:
             self.filesystem.pipe_file(self.full(path), data)
             return
-        with self._temporary(path, data) as temporary:
+        with local.temporary(Path(self.full(path)), data) as temporary:
             os.replace(temporary, self.full(path))
 
     def _create(self, path: str, data: bytes) -> bool:
@@ -275,7 +270,7 @@ class Storage:
             if not self.local:
                 self.filesystem.pipe_file(self.full(path), data, mode="create")
                 return True
-            with self._temporary(path, data) as temporary:
+            with local.temporary(Path(self.full(path)), data) as temporary:
                 os.link(temporary, self.full(path))
         except FileExistsError:
             return False
@@ -288,10 +283,11 @@ class Storage:
             self._put(path, data)
             return True
         # The new file first: nothing that takes time stands between comparing and renaming.
-        with self._temporary(path, data) as temporary, local.locked(temporary.parent):
+        target = Path(self.full(path))
+        with local.temporary(target, data) as temporary, local.locked(target.parent):
             if not self._is(path, version):
                 return False
-            os.replace(temporary, self.full(path))
+            os.replace(temporary, target)
             return True
 
     def _remove_if(self, path: str, version: str) -> bool:
@@ -305,9 +301,6 @@ class Storage:
                 return False
             self._remove(path)
             return True
-
-    def _temporary(self, path: str, data: bytes) -> AbstractContextManager[Path]:
-        return local.temporary(Path(self.full(path)), data)
 
     def _remove(self, path: str) -> None:
         self.filesystem.rm_file(self.full(path))
