@@ -53,9 +53,8 @@ class Generate:
 
     def __init__(self, config: GenerateConfig, attempts: Attempts = _UNWATCHED) -> None:
         self._attempts, self._guard = attempts, Guard(attempts)  # first: a death while loading counts as one
-        if (
-            config.threads is not None
-        ):  # by itself it would go by OMP_NUM_THREADS, which clusters set to anything
+        # By itself it would go by OMP_NUM_THREADS, which clusters set to anything
+        if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.config = config
         self.family = load_family(config.model_path, config.revision)

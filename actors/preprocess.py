@@ -110,9 +110,8 @@ class Preprocess:
                     prepared = self._prepare(_buffers(images[index]), _buffers(videos[index]), row)
                 except RowError as error:
                     errors[index] = error_value(error.kind, "preprocess", error.message)
-                except (
-                    Exception
-                ) as error:  # nobody's fault that we know of: the other rows go on all the same
+                # Nobody's fault that we know of: the other rows go on all the same
+                except Exception as error:
                     errors[index] = error_value("crash", "preprocess", f"{type(error).__name__}: {error}")
             rows.append(prepared)
         return self._assemble(block, rows, errors)

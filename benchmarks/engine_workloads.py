@@ -25,9 +25,8 @@ def images_of(family: str, size: str, workload: str) -> Sizes:
         return ((480, 540),) if decode else ((1080, 1920),)
     side = tile_side(family, size)
     small = size in ("toy", "mini")
-    if (
-        family == "llava_onevision"
-    ):  # decode: a whole view, and one tile of which a quarter is left once unpadded
+    # Decode: a whole view, and one tile of which a quarter is left once unpadded
+    if family == "llava_onevision":
         return ((side // 4, side),) if decode else ((3 * side, (3 if small else 2) * side),)
     if family == "aya_vision":
         return (

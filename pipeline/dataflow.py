@@ -61,9 +61,8 @@ def run(spec: JobSpec, show: Display, take_over: bool = False, recaption: bool =
     if not news and ledger.succeeded(plan) and not ledger.retried():
         verification = _verified(ledger, ground.found, show)
         failed = failed_shards(ledger, ground.found, plan)
-        return Outcome.of(
-            spec, ground.found, verification, failed
-        )  # nothing is written, so no lease is needed
+        # Nothing is written, so no lease is needed
+        return Outcome.of(spec, ground.found, verification, failed)
     if plan.to_caption:
         _check_checkpoint(spec, show)
         if note := moved(asked, spec):
@@ -151,9 +150,8 @@ def _check_checkpoint(spec: JobSpec, show: Display) -> None:
 @contextmanager
 def _open_job(spec: JobSpec, ground: _Ground, show: Display, take_over: bool) -> Iterator[_Job]:
     with open_session(spec, take_over, show) as session:
-        refuse_other_dataset(
-            spec, ground.found, session.ledger
-        )  # another run may have begun here since the look
+        # Another run may have begun here since the look
+        refuse_other_dataset(spec, ground.found, session.ledger)
         session.ledger.learn(ground.ledger)
         yield _Job(spec, ground, session, show)
 

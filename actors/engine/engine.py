@@ -220,9 +220,8 @@ class ContinuousEngine:
             computed.append((some, self.runner.step(some)))
 
         def alone(chunk: Chunk, error: Exception, shrunk: bool) -> None:
-            if not (
-                shrunk and chunk.length > self.scheduler.limits.prefill_tokens
-            ):  # else the next step is smaller
+            # Else the next step is smaller
+            if not (shrunk and chunk.length > self.scheduler.limits.prefill_tokens):
                 self._fail(chunk.sequence, row_error(error))
 
         try_apart(chunks, attempt, self._recover(self._shrink_step), alone)

@@ -51,53 +51,65 @@ def needed_columns(spec: JobSpec, schema: pa.Schema) -> tuple[str, ...]:
 
 def check_columns(spec: JobSpec, schema: pa.Schema, shard: str = "the input") -> None:
     """Raises InputError unless a shard with this schema can be captioned as the spec says."""
+    _check_image(spec, schema, shard)
+    _check_video(spec, schema, shard)
+    _check_prompt(spec, schema, shard)
+    _check_keep(spec, schema, shard)
 
-    def find(name: str, field: str) -> pa.DataType:
-        if name not in schema.names:
-            raise InputError(f"{field}: {shard} has no column {name!r}; {_available(name, schema)}")
-        if len(schema.get_all_field_indices(name)) > 1:
-            raise InputError(f"{field}: {shard} has the column {name!r} twice; rename one of them")
-        return schema.field(name).type
 
-    if spec.input.image is not None:
-        if spec.input.video is not None and spec.input.image not in schema.names:
-            raise InputError(
-                f"input.image: {shard} has no column {spec.input.image!r}; "
-                f"{_available(spec.input.image, schema)}; set input.image to null where rows have videos alone"
-            )
-        image = find(spec.input.image, "input.image")
-        if not _is_image(image):
-            others = [repr(f.name) for f in schema if _is_image(f.type)]
-            raise InputError(
-                f"input.image: column {spec.input.image!r} of {shard} holds {image}, not images; it must hold "
-                "bytes, {bytes, path} structs or lists of either"
-                + (f"; columns that do: {', '.join(others)}" if others else "")
-            )
-    if spec.input.video is not None:
-        video = find(spec.input.video, "input.video")
-        if not _is_list(video) or not _is_image(video):
-            raise InputError(
-                f"input.video: column {spec.input.video!r} of {shard} holds {video}, not frames; it must hold a "
-                "list of encoded frames a row (bytes or {bytes, path} structs); video files are not decoded"
-            )
+def _check_image(spec: JobSpec, schema: pa.Schema, shard: str) -> None:
+    name = spec.input.image
+    if name is None:
+        return
+    if spec.input.video is not None and name not in schema.names:
+        raise InputError(
+            f"input.image: {shard} has no column {name!r}; {_available(name, schema)}; set input.image to null where "
+            "rows have videos alone"
+        )
+    found = _type_of(name, "input.image", schema, shard)
+    if not _is_image(found):
+        others = [repr(f.name) for f in schema if _is_image(f.type)]
+        raise InputError(
+            f"input.image: column {name!r} of {shard} holds {found}, not images; it must hold "
+            "bytes, {bytes, path} structs or lists of either"
+            + (f"; columns that do: {', '.join(others)}" if others else "")
+        )
+
+
+def _check_video(spec: JobSpec, schema: pa.Schema, shard: str) -> None:
+    name = spec.input.video
+    if name is None:
+        return
+    found = _type_of(name, "input.video", schema, shard)
+    if not _is_list(found) or not _is_image(found):
+        raise InputError(
+            f"input.video: column {name!r} of {shard} holds {found}, not frames; it must hold a "
+            "list of encoded frames a row (bytes or {bytes, path} structs); video files are not decoded"
+        )
+
+
+def _check_prompt(spec: JobSpec, schema: pa.Schema, shard: str) -> None:
     if spec.input.prompt is not None:
-        prompt = find(spec.input.prompt, "input.prompt")
-        if not _is_text(prompt) and not _is_chat(prompt):
+        found = _type_of(spec.input.prompt, "input.prompt", schema, shard)
+        if not _is_text(found) and not _is_chat(found):
             raise InputError(
-                f"input.prompt: column {spec.input.prompt!r} of {shard} holds {prompt}, not prompts; it must "
+                f"input.prompt: column {spec.input.prompt!r} of {shard} holds {found}, not prompts; it must "
                 "hold strings, or lists of {role, content} messages"
             )
-    else:
-        for name in spec.prompt.fields:
-            found = find(name, "prompt.template")
-            if pt.is_nested(found) or _is_binary(found):
-                raise InputError(
-                    f"prompt.template: column {name!r} of {shard} holds {found}, which is no text to fill "
-                    "in; use a column of strings or numbers"
-                )
+        return
+    for name in spec.prompt.fields:
+        found = _type_of(name, "prompt.template", schema, shard)
+        if pt.is_nested(found) or _is_binary(found):
+            raise InputError(
+                f"prompt.template: column {name!r} of {shard} holds {found}, which is no text to fill "
+                "in; use a column of strings or numbers"
+            )
+
+
+def _check_keep(spec: JobSpec, schema: pa.Schema, shard: str) -> None:
     kept = kept_columns(spec, schema)
     for name in kept:
-        find(name, "input.keep")
+        _type_of(name, "input.keep", schema, shard)
     reserved = [name for name in kept if name in RESERVED_COLUMNS]
     if reserved:
         others = [name for name in kept if name not in RESERVED_COLUMNS]
@@ -105,6 +117,15 @@ def check_columns(spec: JobSpec, schema: pa.Schema, shard: str = "the input") ->
             f"input.keep: column {reserved[0]!r} of {shard} has a name that the output needs for itself; set "
             f"input.keep to what you want, for instance [{', '.join(others)}], or rename it in the input"
         )
+
+
+def _type_of(name: str, field: str, schema: pa.Schema, shard: str) -> pa.DataType:
+    """The type of a column that the spec's `field` names; InputError where it is missing, or there twice."""
+    if name not in schema.names:
+        raise InputError(f"{field}: {shard} has no column {name!r}; {_available(name, schema)}")
+    if len(schema.get_all_field_indices(name)) > 1:
+        raise InputError(f"{field}: {shard} has the column {name!r} twice; rename one of them")
+    return schema.field(name).type
 
 
 def job_schema(spec: JobSpec, shards: Sequence[Shard]) -> pa.Schema:

@@ -177,9 +177,8 @@ class Ledger:
         path = f"{DATA}/{output_name(shard.name)}"
         while not self.storage.create_exclusive(path, data):  # a seal is there, or a file of an older version
             with suppress(FileNotFoundError):
-                version = self.storage.read_version(path)[
-                    1
-                ]  # first: a seal that comes after it fails the swap
+                # First: a seal that comes after it fails the swap
+                version = self.storage.read_version(path)[1]
                 seal = self.seal_of(shard)
                 if seal:
                     return seal.stats
@@ -195,9 +194,8 @@ class Ledger:
     def _parts_of(self, shard: Shard) -> list[str]:
         """What lies in the shard's folder of the journal, sorted."""
         folder = f"{JOURNAL}/{_folder(shard.name)}"
-        found = (
-            info.path for info in self.storage.list(folder)
-        )  # those of shards below a name like ours as well
+        # Those of shards below a name like ours as well
+        found = (info.path for info in self.storage.list(folder))
         return [path for path in found if path.rpartition("/")[0] == folder and path.endswith(".parquet")]
 
     def sweep(self, shards: Sequence[Shard]) -> list[str]:

@@ -148,13 +148,11 @@ def _raised_in(traceback: str) -> str:
     for line in traceback.splitlines():
         if frame := re.match(r'\s+File "(.*)", line (\d+), in (.*)', line):
             place = f"in {frame[3]} ({os.path.basename(frame[1])}:{frame[2]})"
-        elif (
-            place and line and not line[0].isspace()
-        ):  # what follows the frames and their source is the exception
+        # What follows the frames and their source is the exception
+        elif place and line and not line[0].isspace():
             name, _, message = line.rstrip(": ").partition(": ")
-            if not name.startswith("ray.") and (
-                message or not raised
-            ):  # an empty one says less than its cause
+            # An empty one says less than its cause
+            if not name.startswith("ray.") and (message or not raised):
                 raised = _told(_exception(name), message, name.rpartition(".")[2], place)
             place = ""
     return raised

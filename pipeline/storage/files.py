@@ -76,10 +76,11 @@ def open_filesystem(url: str) -> tuple["AbstractFileSystem", str]:
         filesystem, path = url_to_fs(absolute(url), use_listings_cache=False)
     except BadUrl:
         raise
+    # A scheme that nobody knows, or whose package is not installed
     except (
         ValueError,
         ImportError,
-    ) as error:  # a scheme that nobody knows, or whose package is not installed
+    ) as error:
         raise BadUrl(f"{url!r} cannot be opened: {error}") from None
     if is_s3(filesystem):  # one layer retries: retrying.py
         filesystem.retries = 1
@@ -189,9 +190,8 @@ def _walk(root: str, below: str, above: tuple[str, ...] = ()) -> Iterator[FileIn
             elif not _leads_up(entry.path, behind := (*above, os.path.realpath(os.path.dirname(entry.path)))):
                 yield from _walk(root, f"{path}/", behind)
         except OSError:
-            if (
-                entry.is_symlink()
-            ):  # it leads nowhere: a disk that is not mounted, say; whoever reads it tells
+            # It leads nowhere: a disk that is not mounted, say; whoever reads it tells
+            if entry.is_symlink():
                 yield FileInfo(path, 0, "")
             elif os.path.lexists(entry.path):
                 raise

@@ -128,11 +128,12 @@ def test_a_video_becomes_its_frames_in_order():
     rows = Preprocess(preprocess_config(untrained("llava_onevision")))(block).to_pylist()
     assert [row[ERROR] and row[ERROR]["kind"] for row in rows] == [*[None] * 4, "decode", "too_large", None]
     assert [row[SIZES] for row in rows[:3]] == [[[3, 50, 60]], [[50, 60]], []]
+    # Images before the video, as the template has it
     assert rows[3][SIZES] == [
         [50, 60],
         [40, 90],
         [1, 50, 60],
-    ]  # images before the video, as the template has it
+    ]
     assert rows[6][SIZES] == [[3, 50, 60], [50, 60]]  # the video's turn came first, and so do its pixels
     assert "frame 2 of the video's 2: " in rows[4][ERROR]["message"]
     assert "frame 2 of the video's 2: " in rows[5][ERROR]["message"]

@@ -53,9 +53,8 @@ class FakeCluster:
     ray: list[str] = field(default_factory=list)  # what each look finds of a running Ray job; then RUNNING
     nodes: bool = True  # whether pods find a place
     away: tuple[float, float] = (0, 0)  # from when to when the API server does not answer
-    lost: list[str] = field(
-        default_factory=list
-    )  # verbs of which one answer each is lost, with the deed done
+    # Verbs of which one answer each is lost, with the deed done
+    lost: list[str] = field(default_factory=list)
     pace: float = 1  # how much faster time goes than the script sleeps
     clock: float = 0  # seconds
 

@@ -361,9 +361,8 @@ def test_deadlines_leave_the_tries_their_time_and_the_next_night_its_own():
     job, run = cronjob()["spec"]["jobTemplate"]["spec"], rayjob()["spec"]
     hour, tries = 3600, run["backoffLimit"] + 1
     assert run["preRunningDeadlineSeconds"] < run["activeDeadlineSeconds"] <= 23 * hour
-    assert (
-        job["activeDeadlineSeconds"] >= tries * run["activeDeadlineSeconds"] + hour
-    )  # for what lies between
+    # For what lies between
+    assert job["activeDeadlineSeconds"] >= tries * run["activeDeadlineSeconds"] + hour
 
 
 @pytest.mark.parametrize("began", [0, 45])

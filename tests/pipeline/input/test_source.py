@@ -112,12 +112,13 @@ def test_a_video_is_a_list_of_frames_of_which_some_are_read(tmp_path):
         [b"fetched"],
         [],
     ]
+    # A null beside a video is no image
     assert [row[IMAGES] for row in rows[:4]] == [
         [],
         [b"a"],
         [b"a"],
         [b"a"],
-    ]  # a null beside a video is no image
+    ]
     errors = [(row[ERROR]["kind"], row[ERROR]["message"]) for row in rows[4:]]
     assert errors[0] == ("decode", "there is no image: the cell is null")
     assert errors[1] == ("decode", "frame 2 of the video's 2: there is no image: the cell is null")

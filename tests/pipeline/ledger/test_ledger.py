@@ -101,9 +101,8 @@ def test_law_1_under_sigkill(tmp_path: Path) -> None:
     plan = Ledger(str(tmp_path)).plan([shard("a.parquet", 100_000)])
     assert plan.problems == ()
     assert plan.rows_done >= 20
-    assert plan.shards[0].remaining == RowSet.of(range(100_000)) - RowSet.span(
-        plan.rows_done
-    )  # in order, no gap
+    # In order, no gap
+    assert plan.shards[0].remaining == RowSet.of(range(100_000)) - RowSet.span(plan.rows_done)
 
 
 def test_law_2_publishing_is_idempotent(ledger: Ledger) -> None:
@@ -296,9 +295,8 @@ def test_law_7_planning_reads_footers_only_and_each_once(
         assert ledger.plan([shard("a.parquet", 6000)]).rows_done == 6000
     assert len(reads) == 2
     assert max(reads) <= 64 * 1024
-    assert (
-        pickle.loads(pickle.dumps(ledger)).plan([shard("a.parquet", 6000)]).rows_done == 6000
-    )  # travels without cache
+    # Travels without cache
+    assert pickle.loads(pickle.dumps(ledger)).plan([shard("a.parquet", 6000)]).rows_done == 6000
     assert len(reads) == 4
 
 

@@ -132,9 +132,8 @@ def test_the_output_of_another_dataset_is_refused(root: Path) -> None:
     check(spec_of("in", "out"))  # there is nothing yet
     captioned(spec_of("in", "out"))
     write(root / "other/x.parquet")
-    write(
-        root / "same/a.parquet", rows=4
-    )  # another file of the same name, whose captions would replace a.parquet's
+    # Another file of the same name, whose captions would replace a.parquet's
+    write(root / "same/a.parquet", rows=4)
     write(root / "same/sub/b.parquet", rows=4)
     for name, shard in (("other", "x.parquet"), ("same", "a.parquet")):
         with pytest.raises(SpecError, match=r"^output\.path: out holds captions of 2 shards") as caught:

@@ -95,9 +95,8 @@ def test_a_reused_pid_is_not_its_predecessor(storage: Storage) -> None:
 def test_a_process_that_proc_hides_is_not_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     me = Holder.here("me")
     real = Path.exists
-    monkeypatch.setattr(
-        "pipeline.storage.lease._started", lambda _: ""
-    )  # as with hidepid, for another user's process
+    # As with hidepid, for another user's process
+    monkeypatch.setattr("pipeline.storage.lease._started", lambda _: "")
     assert me.is_dead  # /proc shows it, so it is a zombie
     hidden = f"/proc/{os.getpid()}"
     monkeypatch.setattr(Path, "exists", lambda self, **named: str(self) != hidden and real(self, **named))

@@ -151,9 +151,8 @@ def test_a_silent_store_is_told_although_each_attempt_takes_long(
 
     with pytest.raises(StorageError):
         with_retries(hang, "reading s3://bucket/x")
-    assert (
-        len(caplog.messages) == 1 + 5 - 1
-    )  # from the second attempt on, and for each budget that began anew
+    # From the second attempt on, and for each budget that began anew
+    assert len(caplog.messages) == 1 + 5 - 1
 
 
 @pytest.mark.parametrize(

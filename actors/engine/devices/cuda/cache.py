@@ -135,10 +135,11 @@ class PagedStep:
         # The kernel counts the tokens before a query, transformers the query itself too.
         sees = (-1 if window is None else window - 1, 0)
         if window is None and self.longest[0] == 1:
+            # A lone query stands last and sees all; only asked so, the kernel packs grouped heads
             sees = (
                 -1,
                 -1,
-            )  # a lone query stands last and sees all; only asked so, the kernel packs grouped heads
+            )
         attended: Any = varlen_attn(
             query.contiguous(),
             keys,

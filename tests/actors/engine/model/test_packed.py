@@ -33,9 +33,8 @@ READS = ("__bool__", "__int__", "__float__", "__index__", "item", "tolist", "cpu
 def test_a_forward_pass_does_not_wait_for_the_device(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = subject(family).own_model()
     if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation(
-            {"text_config": "grouped_mm"}
-        )  # CUDA's; the CPU's own loop reads counts
+        # CUDA's; the CPU's own loop reads counts
+        model.set_experts_implementation({"text_config": "grouped_mm"})
     use_packed_attention(model)
     embeds = torch.randn(1, 4, model.config.get_text_config().hidden_size)
     positions = torch.tensor([[7, 0, 1, 2]])  # a decoding token beside a prompt
