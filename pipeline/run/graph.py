@@ -174,10 +174,10 @@ class _RayTask:
 
 
 def _reports(blocks: ray.data.Dataset) -> Iterator[Report]:
-    """Each as soon as it is there: `iter_rows` keeps one back until the next has come."""
-    for bundle in blocks.iter_internal_ref_bundles():
-        for block in ray.get([entry.ref for entry in bundle.blocks]):
-            yield from reports_in(block)
+    """Each as soon as it is there: with prefetching, one is kept back until the next has come. (The iterator over
+    references does neither, but a driver that gives up while it is used exits with 1, whatever it returned.)"""
+    for block in blocks.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        yield from reports_in(block)
 
 
 def _waiting_in(inbox: SimpleQueue[Report]) -> Iterator[Report]:
