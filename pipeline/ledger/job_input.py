@@ -5,13 +5,13 @@ input.path would rename every shard and buy all captions twice; and a touched fi
 root is therefore taken from spec.json, and changed shards are compared with what their files were (content.py).
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 
 from actors.schema import READ
 from pipeline.input.shards import Input, discover
 from pipeline.ledger.content import known_version, remember_version
+from pipeline.ledger.identity import recorded
 from pipeline.ledger.ledger import DATA, JOURNAL, SPEC, Ledger
 from pipeline.spec.job_spec import JobSpec, SpecError
 from pipeline.storage.files import in_parallel
@@ -80,10 +80,11 @@ def refuse_recaption(spec: JobSpec, found: Input, ledger: Ledger) -> None:
 
 
 def _pinned_root(ledger: Ledger) -> str | None:
-    """Where names begin in the output; None where it has no captions, so that they may begin anywhere."""
+    """Where names begin in the output; None where it has no captions, so that they may begin anywhere. Raises SpecError
+    where spec.json is damaged."""
     try:
-        record = json.loads(ledger.storage.read(SPEC))
-    except (FileNotFoundError, MissingBucket, ValueError):  # a damaged one is told by Ledger.check
+        record = recorded(ledger.storage.read(SPEC), f"{ledger.storage.url}/{SPEC}")
+    except (FileNotFoundError, NotADirectoryError, MissingBucket):  # Ledger.check tells the latter two
         return None
     held = any(ledger.storage.list(folder) for folder in (DATA, JOURNAL))
     return str(record["root"]) if held and record.get("root") else None

@@ -27,6 +27,7 @@ from pipeline.run.session import Session
 from pipeline.spec.job_spec import JobSpec, load_spec
 from pipeline.storage.files import FileInfo
 from pipeline.storage.storage import Storage
+from tests.checkpoints import untrained
 from tests.commands import settings
 
 Told = Callable[[tuple[Published, ...]], Sequence[Published]]
@@ -102,7 +103,11 @@ def run(
 @pytest.fixture
 def spec(tmp_path: Path) -> JobSpec:
     write_dataset(tmp_path / "in", rows=36, shards=3, seed=1)
-    fields = {"input__path": tmp_path / "in", "output__path": tmp_path / "out", "model__path": "hub/model"}
+    fields = {
+        "input__path": tmp_path / "in",
+        "output__path": tmp_path / "out",
+        "model__path": untrained("llava_onevision"),
+    }
     return load_spec(
         "examples/llava_onevision.yaml", [each.removeprefix("--set=") for each in settings(**fields)]
     )
