@@ -64,7 +64,7 @@ def dataset(
             source,
             num_cpus=cluster.IO_TASK_CPUS,
             override_num_blocks=len(work),
-            compute=TaskPoolStrategy(size=reads_at_once(spec.resources)),
+            compute=TaskPoolStrategy(size=min(reads_at_once(spec.resources), len(work))),
         )
         .repartition(target_num_rows_per_block=BLOCK_ROWS)
         .map_batches(
