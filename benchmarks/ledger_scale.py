@@ -10,7 +10,6 @@ on a local disk; their footers are real, and the tables beneath have one row. Pr
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import multiprocessing
 import random
@@ -78,7 +77,6 @@ def run(rows: int, shards: int, replicas: int) -> dict[str, float]:
         for shard, task in tasks.items():
             task.set_result(Sealed(RowStats(shard.rows)))
         tasks.clear()
-        gc.collect(0)
         began = time.perf_counter()
         journal.add(part for block in reports for report in reports_in(block) for part in report.parts)
         sealing.collect()
@@ -148,10 +146,12 @@ def in_looks(plan: Plan, replicas: int) -> Iterator[list[Block]]:
                 del reading[place]
         if not held:
             return
-        dice.shuffle(held)
-        count = max(1, round(replicas * ROWS_A_SECOND / 32))
-        yield held[:count]
-        held = held[count:]
+        done = []
+        for _ in range(min(len(held), max(1, round(replicas * ROWS_A_SECOND / 32)))):
+            place = dice.randrange(len(held))
+            held[place], held[-1] = held[-1], held[place]
+            done.append(held.pop())
+        yield done
 
 
 def record(shard: Shard, start: int, stop: int) -> Published:
