@@ -41,7 +41,8 @@ def test_every_row_once_whatever_dies(job, tmp_path, seed):
     assert result.clean, result
     assert survived.kills["driver"] == survived.kills["node"] == 1
     assert tessera("verify", "--deep", *scene.arguments(output)).code == 0
-    assert not Path(output, "_tessera/journal").exists()
+    # A folder may stay with what a writer killed inside a put left, which is deleted an hour later.
+    assert not list(Path(output, "_tessera/journal").rglob("part-*"))
 
 
 def test_rows_that_kill_their_process_become_crash_rows_and_nothing_else_does(tmp_path):
