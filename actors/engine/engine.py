@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from actors.engine.checkpoint_rules import CheckpointRules, check_positions
+from actors.engine.devices.base import Device
 from actors.engine.devices.prepare import prepare_device
 from actors.engine.failures import describe, is_fatal, is_out_of_memory, row_error, try_apart
 from actors.engine.model.packed import use_packed_attention
@@ -28,7 +29,7 @@ from actors.engine.reference import complete
 from actors.engine.sampling import Sampled
 from actors.engine.scheduler import Chunk, Limits, Scheduler, SequenceState
 from actors.engine.stopping import Stopper
-from actors.engine.types import Completion, DeviceLost, Request
+from actors.engine.types import Completion, DeviceLost, EngineRecord, Request
 from actors.errors import RowError
 from actors.families.base import Family
 
@@ -59,6 +60,7 @@ class ContinuousEngine:
         use_packed_attention(model)
         device = prepare_device(model.eval(), family, limits, kv_tokens)
         self.cache = device.cache
+        self.record = _record(device, model)
         self.runner = ModelRunner(family, model, device, self.rules)
         self.scheduler = Scheduler(device.limits, self._reserve, device.cache.release)
         self._stopper = Stopper(family)
@@ -299,6 +301,19 @@ class ContinuousEngine:
         log.warning("out of memory in a step of %d sequences: now %s", len(chunks), limits)
         self.scheduler.limits = limits
         return True
+
+
+def _record(device: Device, model: PreTrainedModel) -> EngineRecord:
+    record = EngineRecord(
+        engine="continuous",
+        device=device.name,
+        dtype=str(model.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        **{part: choice.path for part, choice in device.choices.items()},
+        why=tuple(f"{part}: {choice.why}" for part, choice in device.choices.items() if choice.why),
+    )
+    log.info("%s", record)
+    return record
 
 
 def _needs_features(chunk: Chunk) -> bool:

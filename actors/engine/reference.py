@@ -13,9 +13,10 @@ from threading import Lock
 import torch
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from actors.engine.devices.base import device_name
 from actors.engine.failures import is_fatal, is_out_of_memory, row_error
 from actors.engine.stopping import stop_strings
-from actors.engine.types import Completion, Request, Sampling
+from actors.engine.types import Completion, EngineRecord, Request, Sampling
 from actors.families.base import Family
 
 
@@ -26,6 +27,12 @@ class ReferenceEngine:
         self.family = family
         self.model = model.eval()
         self.model.generation_config.stop_strings = None  # the family has them; see _StopStrings
+        self.record = EngineRecord(
+            engine="reference",
+            device=device_name(model.device),
+            dtype=str(model.dtype).removeprefix("torch."),
+            threads=torch.get_num_threads(),
+        )
         self._turn = Lock()  # callers take turns, row by row: torch's random state is the process's
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:

@@ -80,6 +80,23 @@ class Completion:
         return None if self.logprobs is None else sum(self.logprobs)
 
 
+@dataclass(frozen=True, slots=True)
+class EngineRecord:
+    """What an engine runs on and how, for a run's record: chosen when it is built, by what proved itself."""
+
+    engine: str
+    device: str
+    """The processor's or GPU's name."""
+    dtype: str
+    threads: int
+    attention: str = "stock"
+    layers: str = "stock"
+    experts: str = "none"
+    graphs: str = "none"
+    why: tuple[str, ...] = ()
+    """What stood against each faster path, as in "attention: flash differed by 0.3 at 4 sequences"."""
+
+
 class DeviceLost(RuntimeError):
     """The device failed for good (a CUDA fault): nothing can be computed in this process any more. Every caller of the
     engine gets it; the actor must end its process, so that another takes its place."""
@@ -88,5 +105,8 @@ class DeviceLost(RuntimeError):
 class Engine(Protocol):
     """Generates for many requests; completions come as they finish. A request that fails becomes a completion
     with an error; an exception from `generate` means that the engine itself is broken."""
+
+    @property
+    def record(self) -> EngineRecord: ...
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]: ...

@@ -1,14 +1,19 @@
-"""What every device gives the engine: a KV cache (`Cache`), and steps over it that attend (`Step`)."""
+"""What every device gives the engine: a KV cache (`Cache`), steps over it that attend (`Step`), and what a step may
+hold (`Device`)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from actors.engine.scheduler import Chunk
+from actors.engine.devices.proof import Choice
+from actors.engine.scheduler import Chunk, Limits
 
 
 class Attends(Protocol):
@@ -66,6 +71,42 @@ class Cache(Protocol):
     def step(self, chunks: Sequence[Chunk]) -> Step:
         """The step over `chunks`: decoding ones (length 1) first. Tokens behind theirs are padding."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A device made ready for a model."""
+
+    name: str
+    """The processor's or GPU's."""
+    cache: Cache
+    limits: Limits
+    tiles: int
+    """Tiles encoded at once."""
+    choices: Mapping[str, Choice]
+    """The path taken for each part of the work: `attention`, `layers`, `experts`."""
+
+
+def device_name(device: torch.device) -> str:
+    """As a run's record tells it: "NVIDIA H100 80GB HBM3", "AMD EPYC 7763 64-Core Processor"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def experts_of(model: nn.Module) -> list[nn.Module]:
+    """The modules of `model` that hold all experts of a layer, in transformers' fused layout."""
+    fused = ("gate_up_proj", "down_proj")
+    return [
+        module
+        for module in model.modules()
+        if all(isinstance(getattr(module, name, None), nn.Parameter) for name in fused)
+    ]
 
 
 def window_mask(

@@ -16,10 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from actors.engine.checkpoint_rules import CheckpointRules
-from actors.engine.devices.base import Step
+from actors.engine.devices.base import Device, Step
 from actors.engine.devices.cuda.cache import PagedCache, upload
 from actors.engine.devices.cuda.graphs import DecodeGraphs, capture_decoding
-from actors.engine.devices.prepare import Device
 from actors.engine.model.packed import Pass, packed_forward
 from actors.engine.sampling import Sampled, sample
 from actors.engine.scheduler import Chunk, SequenceState

@@ -42,7 +42,7 @@ def paged_engine(
         cache.flash = flash
         return cache
 
-    monkeypatch.setattr("actors.engine.devices.prepare.CpuCache", cache)
+    monkeypatch.setattr("actors.engine.devices.cpu.prepare.CpuCache", cache)
     return ContinuousEngine(one.family, one.own_model(), LIMITS, kv_tokens=pages * PAGE)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from actors.engine.devices.experts import choose_experts
+from actors.engine.devices.cuda.experts import choose_experts
 
 
 class AriaGroupedExpertsGemm(nn.Module):

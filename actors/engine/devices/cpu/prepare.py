@@ -1,0 +1,51 @@
+"""A model made ready for a CPU."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from actors.engine.devices.base import Device, device_name
+from actors.engine.devices.cpu import memory
+from actors.engine.devices.cpu.cache import CpuCache, use_image_attention
+from actors.engine.devices.cpu.experts import choose_experts
+from actors.engine.devices.cpu.kernels import attention_kernel
+from actors.engine.devices.cpu.layers import prepare_layers
+from actors.engine.devices.kv_cache import KVShape
+from actors.engine.devices.proof import Choice
+from actors.engine.scheduler import Limits
+from actors.families.base import Family
+
+LIMITS = Limits(sequences=64, prefill_tokens=2048, visual_tokens=16384)
+_TILE_PIXELS = 4 * 384 * 384
+
+
+def prepare_cpu(
+    model: PreTrainedModel, family: Family, limits: Limits | None, kv_tokens: int | None
+) -> Device:
+    """See `prepare_device`."""
+    memory.keep_freed_memory()
+    use_image_attention(model)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            # Patches then come out one after the other, [tiles, patches, D] without gaps. Otherwise every layer of the
+            # tower adds to and normalises a transposed view.
+            module.weight.data = module.weight.data.to(memory_format=torch.channels_last)
+    prepare_layers(model)
+    experts = choose_experts(model)
+    text = model.config.get_text_config()
+    shape, limits = KVShape.of(text, model.dtype), limits or LIMITS
+    kernel = attention_kernel(
+        shape.heads, text.num_attention_heads // shape.heads, shape.head_dim, shape.dtype
+    )
+    if kv_tokens is None:
+        fits = memory.cache_bytes() // shape.bytes_per_token
+        kv_tokens = max(1, min(fits, limits.sequences * family.max_positions))
+    _, height, width = family.tile_shape
+    return Device(
+        name=device_name(model.device),
+        cache=CpuCache(shape, kv_tokens, kernel),
+        limits=limits,
+        tiles=max(1, _TILE_PIXELS // (height * width)),
+        choices={"attention": Choice("compiled" if kernel else "sdpa"), "experts": experts},
+    )
