@@ -19,7 +19,9 @@ def test_models_import_whichever_comes_first(first: str, tmp_path: Path) -> None
     (package / "transforms" / "v2").mkdir(parents=True)
     works = first == "transformers"
     (package / "__init__.py").write_text("" if works else "raise RuntimeError('built for another torch')")
-    (package / "transforms" / "__init__.py").write_text("InterpolationMode = None")
+    (package / "transforms" / "__init__.py").write_text(
+        "from unittest.mock import MagicMock; InterpolationMode = MagicMock()"
+    )
     (package / "transforms" / "functional.py").write_text("pil_to_tensor = None")
     (package / "transforms" / "v2" / "__init__.py").write_text("functional = None")
     (package / "io.py").write_text("")
