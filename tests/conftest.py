@@ -1,6 +1,7 @@
 """Fixtures for every test: a quiet Ray, and a real HTTP S3 server (moto) in a process of its own."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +23,10 @@ hypothesis.settings.load_profile("suite")
 
 # Threads that spin while they wait for each other would take the cores from other processes' tests.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Without a GPU its kernels are run by Triton's interpreter. Asked for before anything imports Triton.
+if shutil.which("nvidia-smi") is None:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # A new local Ray would turn on token auth and write a token file into the home folder. Set before any import.
 os.environ["RAY_AUTH_MODE"] = "disabled"

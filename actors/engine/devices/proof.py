@@ -9,6 +9,7 @@ NaN is passed over, and why is kept for the run's record. No path ends the proce
 from __future__ import annotations
 
 import logging
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,9 @@ log = logging.getLogger(__name__)
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.004}
 """Of the largest exact value: some roundings of each dtype (2^-24, 2^-8, 2^-11), summed in another order. A wrong page,
 mask or head differs by about the value itself."""
+
+_REASON = 200
+"""Characters of a reason: some of torch's lines name every backend it has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,4 +87,4 @@ def _chosen(part: str, path: Path, against: Sequence[str]) -> Choice:
 def _reason(error: Exception) -> str:
     """One line: a proof's own words, or the error's."""
     text = str(error) if isinstance(error, Disagrees) else describe(error)
-    return text.splitlines()[0] if text else type(error).__name__
+    return textwrap.shorten(text.splitlines()[0], _REASON) if text else type(error).__name__

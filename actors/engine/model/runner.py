@@ -43,7 +43,7 @@ class ModelRunner:
         """Tiles encoded at once; a larger image is encoded alone."""
         self._embed = model.get_input_embeddings()
         self._graphs: DecodeGraphs | None = None
-        if isinstance(device.cache, PagedCache) and device.cache.flash:
+        if isinstance(device.cache, PagedCache) and device.cache.attention != "gathered":
             with torch.inference_mode():
                 self._graphs = capture_decoding(
                     device.cache, self._decode, device.limits.sequences, family.max_positions

@@ -77,14 +77,12 @@ class DecodeGraphs:
         slots.fill_(spare * PAGE)
         ends = torch.ones(size, dtype=torch.int32, device=device)
         table = torch.full((size, self._pages), spare, dtype=torch.int32, device=device)
-        cu_seq_q = torch.arange(size + 1, dtype=torch.int32, device=device)
-        cu_seq_k = torch.zeros(size + 1, dtype=torch.int32, device=device)
-        longest = 1, self._pages * PAGE
-        step = PagedStep(self.cache, slots, cu_seq_q, cu_seq_k, ends, table, longest, [(0, 1)] * size)
+        step = PagedStep(self.cache, slots, ends, table, [(0, 1)] * size, longest=self._pages * PAGE)
 
         def run() -> Tensor:
             ends.copy_(packed[3])
-            cu_seq_k[1:].copy_(packed[3].cumsum(0))
+            if self.cache.attention == "flash":
+                step.cu_seq_k[1:].copy_(packed[3].cumsum(0))
             table.copy_(packed[4:].t())
             return self._decode(ids, positions, step)
 

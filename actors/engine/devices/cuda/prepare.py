@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from transformers import PreTrainedModel
 
 from actors.engine.devices.base import Device, device_name
 from actors.engine.devices.cuda import memory
-from actors.engine.devices.cuda.cache import PagedCache, flash_agrees
+from actors.engine.devices.cuda.cache import Attention, PagedCache, attention_paths
 from actors.engine.devices.cuda.experts import choose_experts
+from actors.engine.devices.cuda.layers import prepare_layers
 from actors.engine.devices.kv_cache import KVShape
-from actors.engine.devices.proof import Choice
+from actors.engine.devices.proof import choose
 from actors.engine.scheduler import Limits
 from actors.families.base import Family
 
@@ -22,18 +25,23 @@ def prepare_cuda(
 ) -> Device:
     """See `prepare_device`."""
     experts = choose_experts(model)
+    layers = prepare_layers(model)
     text = model.config.get_text_config()
     shape, limits = KVShape.of(text, model.dtype), limits or LIMITS
     if kv_tokens is None:
         fits = memory.cache_bytes(model, limits) // shape.bytes_per_token
         kv_tokens = max(1, min(fits, limits.sequences * family.max_positions))
+    modules = model.model.language_model.modules()
+    windows = {module.sliding_window for module in modules if hasattr(module, "sliding_window")}
+    paths = attention_paths(shape, text.num_attention_heads, windows, limits.sequences, model.device)
+    attention = choose("attention", paths, model.device)
     cache = PagedCache(shape, kv_tokens, model.device)
-    cache.flash = flash_agrees(shape, text.num_attention_heads, model.device)
+    cache.attention = cast(Attention, attention.path)
     _, height, width = family.tile_shape
     return Device(
         name=device_name(model.device),
         cache=cache,
         limits=limits,
         tiles=max(1, _TILE_PIXELS // (height * width)),
-        choices={"attention": Choice("flash" if cache.flash else "gathered"), "experts": experts},
+        choices={"attention": attention, "layers": layers, "experts": experts},
     )

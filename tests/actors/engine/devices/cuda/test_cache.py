@@ -16,8 +16,9 @@ from torch import Tensor
 
 from actors.engine import DeviceLost, Sampling
 from actors.engine.devices.base import window_mask
-from actors.engine.devices.cuda.cache import PAGE, PagedCache, flash_agrees
+from actors.engine.devices.cuda.cache import PAGE, Attention, PagedCache, attention_paths
 from actors.engine.devices.kv_cache import KVShape
+from actors.engine.devices.proof import choose
 from actors.engine.engine import ContinuousEngine
 from actors.engine.failures import device_is_lost
 from actors.engine.scheduler import Limits
@@ -32,14 +33,14 @@ Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 
 
 def paged_engine(
-    family: str, monkeypatch: pytest.MonkeyPatch, pages: int = 24, flash: bool = False
+    family: str, monkeypatch: pytest.MonkeyPatch, pages: int = 24, attention: Attention = "gathered"
 ) -> ContinuousEngine:
     """An engine over the paged cache, on the CPU."""
     one = subject(family)
 
     def cache(shape: KVShape, capacity: int, kernel: object) -> PagedCache:
         cache = PagedCache(shape, capacity, torch.device("cpu"))
-        cache.flash = flash
+        cache.attention = attention
         return cache
 
     monkeypatch.setattr("actors.engine.devices.cpu.prepare.CpuCache", cache)
@@ -52,7 +53,7 @@ def flash_engine(
     """An engine that takes its CUDA path, over `varlen_attn` and `capture` as below."""
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     monkeypatch.setattr("actors.engine.devices.cuda.graphs.CudaCapture", lambda: capture or call_again)
-    return paged_engine(family, monkeypatch, flash=True)
+    return paged_engine(family, monkeypatch, attention="flash")
 
 
 def varlen_attn(
@@ -235,23 +236,21 @@ def torch_2_12(*arguments: Any, num_splits: int, **keywords: Any) -> Tensor:
     ("kernel", "reason"),
     [
         (varlen_attn, None),
-        (unwritten, "other values"),
+        (unwritten, "differed by nan"),
         (unwindowed, "window 40"),
         (torch_2_12, "requires FA3"),
     ],
 )
 def test_the_flash_kernel_is_not_used_before_it_agrees(
-    kernel: Callable[..., Tensor],
-    reason: str | None,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    kernel: Callable[..., Tensor], reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     shape = KVShape(layers=7, heads=2, head_dim=16, dtype=torch.bfloat16)
-    with caplog.at_level(logging.WARNING, "actors.engine.devices.cuda.cache"):
-        assert flash_agrees(shape, 6, torch.device("cpu")) is (reason is None)
-    assert len(caplog.messages) == (reason is not None)
-    assert all("without the flash kernel" in line and str(reason) in line for line in caplog.messages)
+    device = torch.device("cpu")
+    paths = [path for path in attention_paths(shape, 6, {40}, 6, device) if path.name != "triton"]
+    choice = choose("attention", paths, device)
+    assert choice.path == ("flash" if reason is None else "gathered")
+    assert str(reason or "") in choice.why
 
 
 @pytest.mark.parametrize("flash", [False, True])
@@ -333,7 +332,7 @@ def test_graphs_equal_eager_steps_on_cuda(family: str) -> None:
     rows = [Row(seed=seed, sampling=Sampling(16)) for seed in range(5)]
     graphed = ContinuousEngine(one.family, one.own_model().to("cuda", torch.bfloat16), LIMITS)
     eager = ContinuousEngine(one.family, one.own_model().to("cuda", torch.bfloat16), LIMITS)
-    assert graphed.cache.flash and graphed.runner._graphs is not None  # type: ignore[attr-defined]
+    assert graphed.runner._graphs is not None, graphed.record
     eager.runner._graphs = None
     texts = [[done.token_ids for done in run(each, family, rows)] for each in (graphed, eager)]
     same = sum(a[:4] == b[:4] for a, b in zip(*texts, strict=True))
