@@ -32,7 +32,16 @@ import actors  # noqa: F401  (hides a torchvision that does not match torch)
 from actors.engine.devices.base import device_name
 from actors.families import FAMILIES
 from benchmarks.device_meter import device_rates
-from benchmarks.device_models import BATCHES, CPU_ROWS, FULL_ROWS, QUICK_ROWS, ModelBench, Plan, free_memory
+from benchmarks.device_models import (
+    CPU_BATCHES,
+    CPU_ROWS,
+    CUDA_BATCHES,
+    FULL_ROWS,
+    QUICK_ROWS,
+    ModelBench,
+    Plan,
+    free_memory,
+)
 from benchmarks.device_report import LogLines, Report, Result, table
 from benchmarks.engine_models import sizes_of
 from benchmarks.engine_workloads import WORKLOADS
@@ -99,7 +108,7 @@ def _options() -> argparse.ArgumentParser:
     )
     parser.add_argument("--vllm-python", help="an interpreter that has vllm; else this one, if it has")
     parser.add_argument("--rows", type=int, help="rows a workload; else what keeps the device full")
-    parser.add_argument("--rounds", type=int, default=2, help="passes, of which the fastest counts")
+    parser.add_argument("--rounds", type=int, default=1, help="passes, of which the fastest counts")
     parser.add_argument(
         "--budget", type=float, help="seconds for the whole run: no case starts when they are spent"
     )
@@ -178,8 +187,9 @@ def _models(
                 report.say(f"{name} failed")
                 report.block(traceback.format_exc())
             results += bench.results if bench is not None else []
+            engine = bench.engine if bench is not None else None
             del bench
-        free_memory(device)
+        free_memory(device, engine)
         longest = max(longest, time.perf_counter() - begin)
     if left_out:
         report.say(f"left out, since the time was nearly spent: {', '.join(left_out)}")
@@ -192,17 +202,19 @@ def _chosen(options: argparse.Namespace) -> list[tuple[str, str]]:
     """(family, size) of the models, those of most interest first."""
     families = (options.families or ("llava_onevision" if options.quick else ",".join(FAMILIES))).split(",")
     sizes = options.size.split(",") if options.size else ["0.5b", "7b"]
+    families.sort(key=lambda family: family != "llava_onevision")
     return [(family, size) for family in families for size in sizes if size in sizes_of(family)]
 
 
 def _plan(options: argparse.Namespace, device: torch.device) -> Plan:
+    batches = CPU_BATCHES if device.type == "cpu" else CUDA_BATCHES
     counts = CPU_ROWS if device.type == "cpu" else QUICK_ROWS if options.quick else FULL_ROWS
     here = sys.executable if importlib.util.find_spec("vllm") else None
     systems = options.systems.split(",")
     return Plan(
         workloads=options.workloads.split(","),
         row_counts={name: options.rows or counts[name] for name in WORKLOADS},
-        batches={name: sizes[:1] if options.quick else sizes for name, sizes in BATCHES.items()},
+        batches=batches,
         generate="generate" in systems,
         vllm_python=(options.vllm_python or here) if "vllm" in systems else None,
         rounds=options.rounds,

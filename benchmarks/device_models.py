@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,14 +24,16 @@ from benchmarks.engine_systems import Measured, run_engine, run_generate, timed
 from benchmarks.engine_vllm import VLLM_FAMILIES, run_vllm
 from benchmarks.engine_workloads import rows
 
-FULL_ROWS = {"decode-heavy": 512, "prefill-heavy": 48}
-"""Twice the engine's slots on CUDA; prompts of thousands of tokens for a few seconds."""
-QUICK_ROWS = {"decode-heavy": 320, "prefill-heavy": 24}
+FULL_ROWS = {"decode-heavy": 384, "prefill-heavy": 32}
+"""More than the engine's slots on CUDA; prompts of thousands of tokens for some seconds."""
+QUICK_ROWS = {"decode-heavy": 320, "prefill-heavy": 16}
 CPU_ROWS = {"decode-heavy": 32, "prefill-heavy": 8}
-BATCHES = {"decode-heavy": (64, 32), "prefill-heavy": (8, 4)}
-"""Of static generate, likeliest best first."""
+CUDA_BATCHES = {"decode-heavy": 64, "prefill-heavy": 8}
+"""Of static generate: one size, near its best, so that its time stays short."""
+CPU_BATCHES = {"decode-heavy": 8, "prefill-heavy": 4}
+PROFILED_ROWS = {"decode-heavy": 256, "prefill-heavy": 12}
 STATIC_BATCHES_OF_ROWS = 2
-"""Static generate gets the first rows, for that many of its batches: rates compare, and its time stays short."""
+"""Static generate gets the first rows, for that many of its batches; rates compare."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Plan:
 
     workloads: Sequence[str]
     row_counts: dict[str, int]
-    batches: dict[str, tuple[int, ...]]
+    batches: dict[str, int]
     generate: bool
     vllm_python: str | None
     rounds: int
@@ -61,13 +64,14 @@ class ModelBench:
         billions = self._stock.num_parameters() / 1e9
         report.say(f"{self.name}: {billions:.3g} B parameters in {time.perf_counter() - begin:.1f} s")
         self.results: list[Result] = []
+        self.engine: weakref.ref | None = None
 
     def prove(self) -> tuple[ContinuousEngine, EngineRecord]:
         """The engine, which owns the model from here on."""
         begin = time.perf_counter()
         engine = ContinuousEngine(self.family, self._stock)
         self._synchronize()
-        record = engine.record
+        self.engine, record = weakref.ref(engine), engine.record
         paths = f"attention {record.attention}, layers {record.layers}, experts {record.experts}"
         self.report.say(
             f"{self.name}: engine made in {time.perf_counter() - begin:.1f} s; {record.dtype}, {paths}, "
@@ -89,35 +93,29 @@ class ModelBench:
         engine, record = self.prove()
         for name, case in cases.items():
             self._tessera(name, case, engine, demands[name], peak, plan, static.get(name))
-        del engine, self._stock
-        free_memory(self.device)
         if plan.vllm_python and self.family.name in VLLM_FAMILIES:
+            del engine, self._stock
+            free_memory(self.device, self.engine)
             for name, case in cases.items():
                 self._vllm(plan.vllm_python, name, case, plan.rounds, static.get(name))
         return record
 
-    def _generate(self, workload: str, case: Sequence[Request], batches: Sequence[int]) -> Result | None:
-        best: Result | None = None
-        for batch in batches:
-            if self.report.left < 30:
-                self.report.say(f"{self.name} {workload}: no time for generate in batches of {batch}")
-                break
-            some = case[: STATIC_BATCHES_OF_ROWS * batch]
-            run = run_generate(self.family, self._stock, batch)
-            try:
-                run([replace(row, sampling=replace(row.sampling, max_new_tokens=4)) for row in some[:batch]])
-                measured = timed(f"generate {batch}", some, run, time.perf_counter)
-            except torch.OutOfMemoryError:
-                self.report.say(f"{self.name} {workload}: generate in batches of {batch} is out of memory")
-                free_memory(self.device)
-                continue
-            result = self._result(workload, some, measured)
-            self.report.say(result.line())
-            if best is None or result.tokens_per_s > best.tokens_per_s:
-                best = result
-        if best is not None:
-            self.results.append(best)
-        return best
+    def _generate(self, workload: str, case: Sequence[Request], batch: int) -> Result | None:
+        if self.report.left < 30:
+            self.report.say(f"{self.name} {workload}: no time for generate")
+            return None
+        some = case[: STATIC_BATCHES_OF_ROWS * batch]
+        run = run_generate(self.family, self._stock, batch)
+        try:
+            run(_shortened(some[:batch]))
+            measured = timed(f"generate {batch}", some, run, time.perf_counter)
+        except torch.OutOfMemoryError:
+            self.report.say(f"{self.name} {workload}: generate in batches of {batch} is out of memory")
+            return None
+        result = self._result(workload, some, measured)
+        self.report.say(result.line())
+        self.results.append(result)
+        return result
 
     def _tessera(
         self,
@@ -167,7 +165,7 @@ class ModelBench:
             return result
         profiler = StepProfiler(self.device)
         with Meter(engine, demand, profiler):
-            run_engine(engine)(case)
+            run_engine(engine)(case[: PROFILED_ROWS[result.workload]])
         profiler.close()
         for kind, profiled in profiler.profiled.items():
             if show:
@@ -225,8 +223,18 @@ class ModelBench:
             torch.cuda.synchronize()
 
 
-def free_memory(device: torch.device) -> None:
-    """Gives the device back what nothing refers to any more."""
+def _shortened(rows: Sequence[Request]) -> list[Request]:
+    """Rows to warm up with: four tokens each."""
+    return [replace(row, sampling=replace(row.sampling, max_new_tokens=4)) for row in rows]
+
+
+def free_memory(device: torch.device, engine: weakref.ref | None = None) -> None:
+    """Gives the device back what nothing refers to any more; an idle `engine` is held by its thread for seconds."""
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    if device.type != "cuda":
+        return
+    deadline = time.perf_counter() + 10
+    while engine is not None and engine() is not None and time.perf_counter() < deadline:
+        time.sleep(0.1)
+        gc.collect()
+    torch.cuda.empty_cache()

@@ -71,7 +71,7 @@ class StepProfiler:
             torch.cuda.synchronize()
 
     def _read(self, profiled: Any, steps: Sequence[Step]) -> Profiled:
-        column = "self_cuda_time_total" if self.cuda else "self_cpu_time_total"
+        column = "self_device_time_total" if self.cuda else "self_cpu_time_total"
         table = profiled.key_averages().table(sort_by=column, row_limit=_ROWS, max_name_column_width=90)
         counts = [step.rows for step in steps]
         busy = _busy(profiled) / len(steps) if self.cuda else 0.0
