@@ -3,6 +3,7 @@
 from pipeline.ledger.damage import failed_shards
 from pipeline.ledger.job_input import listed_input, recognised
 from pipeline.ledger.ledger import Ledger
+from pipeline.run.engines import told
 from pipeline.run.outcome import notes_of
 from pipeline.spec.job_spec import JobSpec
 from pipeline.storage.lease import Holder, holder_of
@@ -12,7 +13,8 @@ _FAILED = 20  # shards that cannot be read are named
 
 
 def status(spec: JobSpec) -> str:
-    """A few lines: shards sealed and open, rows done, missing and failed by kind, the last runs, who is at it."""
+    """A few lines: shards sealed and open, rows done, missing and failed by kind, the last runs, what the engines of
+    the last one ran on, who is at it."""
     ledger = Ledger(spec.output.path)
     found = recognised(listed_input(spec, ledger), ledger, read=False)
     plan = ledger.plan(found.shards, found.unreadable)
@@ -30,14 +32,17 @@ def status(spec: JobSpec) -> str:
     lines += [f"  failed: {shard}" for shard in failed[:_FAILED]]
     if len(failed) > _FAILED:
         lines.append(f"  failed: {len(failed) - _FAILED:,} more shards")
-    for run in ledger.runs()[-_RUNS:]:
+    runs = ledger.runs()[-_RUNS:]
+    for run in runs:
         retries = run.get("storage_retries", 0)
         lines.append(
             f"  run {run['run']}: {run.get('ended', 'done')}, {run['captioned']:,} rows in {run['seconds']:,.0f} s, "
             f"{run['rows_per_s']:,.1f} rows/s" + (f", {retries:,} storage retries" if retries else "")
         )
+    # Of the last run that captioned something
+    lines += [f"  {line}" for line in next(filter(None, map(told, reversed(runs))), [])]
     holder = holder_of(ledger.storage)
-    lines.append(f"  lease: {_told(holder)}" if holder else "  lease: free")
+    lines.append(f"  lease: {_held(holder)}" if holder else "  lease: free")
     lines += [f"  {note}" for note in (*found.notes(), *notes_of(plan.foreign))]
     if plan.changed:
         names = ", ".join(plan.changed[:3]) + (", ..." if len(plan.changed) > 3 else "")
@@ -48,7 +53,7 @@ def status(spec: JobSpec) -> str:
     return "\n".join(lines)
 
 
-def _told(holder: Holder) -> str:
+def _held(holder: Holder) -> str:
     if holder.is_dead:
         return f"{holder.describe()}, which died; the next run takes it"
     return holder.describe() + (", which is stopping" if holder.draining else "")

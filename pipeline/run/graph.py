@@ -142,6 +142,7 @@ def drive(
             loaded = loaded or placement.model_is_loaded()
             reports = list(_waiting_in(inbox))
             session.storage_retries += sum(report.storage_retries for report in reports)
+            session.engines_ready(report.engine for report in reports if report.engine)
             example = example or next((report.example for report in reports if report.example), "")
             return replace(look([part for report in reports for part in report.parts]), loaded=loaded)
 

@@ -122,6 +122,9 @@ class Display(Protocol):
     def phase(self, text: str, detail: str = "") -> None:
         """What the job is doing, for the stretches in which no row finishes; `detail` may change meanwhile."""
 
+    def note(self, text: str) -> None:
+        """A line that stays, beside whatever the job is doing."""
+
     def update(self, progress: Progress) -> None: ...
 
 
@@ -170,6 +173,10 @@ class Lines:
             self._told = self.clock()
             self._phase = _Phase(text, detail, self._told)
             self._print(self._phase.describe())
+
+    def note(self, text: str) -> None:
+        with self._lock:
+            self._print(text)
 
     def update(self, progress: Progress) -> None:
         now, line, stalled = self.clock(), describe(progress), progress.stalled > 0
@@ -230,6 +237,9 @@ class _Live:
         else:
             self._phase = _Phase(text, detail, time.monotonic())
         self.live.refresh()
+
+    def note(self, text: str) -> None:
+        self.live.console.print(text, style="dim", highlight=False, markup=False)
 
     def update(self, progress: Progress) -> None:
         before = self._progress

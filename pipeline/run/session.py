@@ -12,12 +12,13 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pipeline.ledger.ledger import Ledger
+from pipeline.run.engines import Engines
 from pipeline.run.outcome import JobError, root_cause
 from pipeline.run.pace import STALL_SECONDS, Pace
 from pipeline.run.progress import Display, Progress
@@ -26,6 +27,9 @@ from pipeline.spec.job_spec import JobSpec
 from pipeline.storage.lease import Lease, LeaseLost, acquire
 from pipeline.storage.retrying import RETRIES
 from pipeline.storage.storage import Storage
+
+if TYPE_CHECKING:
+    from actors.engine.types import EngineRecord
 
 # Between two looks at the journal, at least: looking takes no more than a fifth of the time.
 _POLL_SECONDS = 1.0
@@ -44,6 +48,7 @@ class Session:
         self.ledger = Ledger(lease.storage, lease.fence)
         self.record: dict[str, Any] = {"captioned": 0, "seconds": 0.0, "rows_per_s": 0.0}
         self.storage_retries = 0  # that workers reported
+        self.engines = Engines()  # of the workers that reported
         self.draining = False  # nothing new is begun
         self._began = time.monotonic()
 
@@ -56,6 +61,11 @@ class Session:
         """Storage operations tried again so far, here and in the workers that reported."""
         self.storage_retries += RETRIES.take()
         return self.storage_retries
+
+    def engines_ready(self, records: Iterable[EngineRecord]) -> None:
+        """Says what engines compute on and how, once for all that are alike."""
+        for line in self.engines.add(records):
+            self.show.note(line)
 
     def waiting(self, why: str) -> None:
         """Says what the run waits for before it starts. Raises LeaseLost when another run took the output meanwhile."""
@@ -127,7 +137,12 @@ class Session:
 
     def ended(self, how: str) -> None:
         """Writes the run's record: done, stopped or failed."""
-        record = {**self.record, "ended": how, "storage_retries": self.retries()}
+        record = {
+            **self.record,
+            **self.engines.record(),
+            "ended": how,
+            "storage_retries": self.retries(),
+        }
         if self.lease.warning:
             record["warnings"] = [self.lease.warning]
         with suppress(OSError, LeaseLost):  # the run's end is worth more than its record

@@ -85,6 +85,11 @@ def test_captions_every_row_in_order_and_repeats_nothing(job):
     assert ": complete" in status and "3 sealed, 0 open" in status and "lease: free" in status
     assert "90 of 90 done, 0 missing, 9 failed (9 decode)" in status and ": done, 90 rows in" in status
     assert tessera("status", tmp_path / "out").out == status  # an output knows its job
+    (run,) = Ledger(str(tmp_path / "out")).runs()
+    engine = run["engine"]
+    assert engine["engine"] == "continuous" and engine["dtype"] == "float32" and engine["replicas"] in (1, 2)
+    (line,) = [line for line in done.err.splitlines() if line.startswith("engine: ")]
+    assert line.startswith(f"engine: continuous on {engine['device']}, float32, ") and f"  {line}\n" in status
     page = tmp_path / "page.html"
     assert tessera("report", SPEC, *arguments, "--truth", "truth", "-o", page).code == 0
     assert page.read_text().count("data:image/") >= 30

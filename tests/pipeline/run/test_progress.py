@@ -80,6 +80,18 @@ def test_a_phase_that_lasts_is_told_again_with_its_time():
     assert len(lines_of(stream)) == 3
 
 
+def test_a_note_stays_and_ends_no_phase(monkeypatch):
+    stream, clock = io.StringIO(), Clock()
+    show = Lines(stream, clock=clock)
+    show.phase("loading the model")
+    show.note("engine: continuous on a [processor]")
+    clock.now = 40
+    show.tell_again()
+    assert lines_of(stream)[1:] == ["engine: continuous on a [processor]", "loading the model (40 s)"]
+    seen = on_terminal(monkeypatch, 160, "engine: continuous on a [processor]", HALF)
+    assert "\rengine: continuous on a [processor]\r\n" in seen  # a line of its own, and not drawn over
+
+
 def test_a_stall_is_told_at_once_and_then_every_minute():
     stream, clock = io.StringIO(), Clock()
     show = Lines(stream, clock=clock)
@@ -123,8 +135,8 @@ def test_no_figure_is_ever_cut(width):
     assert shown <= whole and "1,234,567/123,456,789" in shown
 
 
-def on_terminal(monkeypatch, width: int, *progress: Progress) -> str:
-    """What a terminal of that width was sent, without its control sequences."""
+def on_terminal(monkeypatch, width: int, *shown: Progress | str) -> str:
+    """What a terminal of that width was sent, notes among it, without its control sequences."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", str(width))
     ours, theirs = pty.openpty()
@@ -133,8 +145,8 @@ def on_terminal(monkeypatch, width: int, *progress: Progress) -> str:
     reader.start()  # while it is written: a terminal holds little
     with os.fdopen(theirs, "w") as terminal, display("nightly", terminal) as show:
         show.phase("loading the model")
-        for each in progress:
-            show.update(each)
+        for each in shown:
+            show.note(each) if isinstance(each, str) else show.update(each)
     reader.join(10)
     os.close(ours)
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", b"".join(written).decode())

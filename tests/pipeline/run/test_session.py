@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from actors.engine.types import EngineRecord
 from pipeline.run import session as module
 from pipeline.run.failing import AllFailed
 from pipeline.run.outcome import JobError
@@ -68,6 +69,21 @@ def test_who_waits_for_room_notices_that_the_output_was_taken_over(lease):
     lease.lost = "another run took it over"
     with pytest.raises(LeaseLost, match="another run took it over"):
         session.waiting("4 CPUs")
+
+
+def test_the_engines_are_told_once_and_stand_in_the_record(lease):
+    stream = io.StringIO()
+    session = session_of(lease, Lines(stream))
+    record = EngineRecord("continuous", "a processor", "float32", 1, why=("graphs: no memory for them",))
+    session.engines_ready([record])
+    session.engines_ready([record])
+    session.ended("done")
+    first, second = stream.getvalue().splitlines()
+    assert first.startswith("engine: continuous on a processor, float32, 1 thread; attention stock")
+    assert second == "graphs: none, because no memory for them"
+    (kept,) = session.ledger.runs()
+    assert kept["engine"]["device"] == "a processor" and kept["engine"]["replicas"] == 2
+    assert kept["ended"] == "done"
 
 
 def stall(lacking: Callable[[], str], retries: Callable[[], int] = int) -> _Stall:

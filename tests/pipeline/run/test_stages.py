@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pytest
 
+from actors.engine.types import EngineRecord
 from actors.generate import Generate
 from pipeline.ledger.ledger import JOURNAL, RETRY, Ledger
 from pipeline.run.graph import reads_at_once
@@ -15,6 +16,7 @@ from pipeline.storage.lease import Fence
 from pipeline.storage.storage import Storage
 from tests.pipeline.ledgers import captions, shard
 
+ENGINE = EngineRecord("continuous", "a processor", "float32", 1, why=("attention: compiled was wrong",))
 A, B = shard("a.parquet", 8), shard("b.parquet", 8)
 
 
@@ -33,6 +35,7 @@ def generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PublishingGener
         from actors.attempts import Guard
 
         self._guard = Guard(Unwatched())  # type: ignore[arg-type]
+        self.engine = SimpleNamespace(record=ENGINE)
 
     monkeypatch.setattr(Generate, "__init__", init)
     monkeypatch.setattr(Generate, "__call__", lambda _, block: block)
@@ -71,6 +74,11 @@ def test_a_block_that_a_stopping_run_empties_is_reported_too(
     (tmp_path / "stop").touch()
     assert report_of(generate(captions(A.name, range(4)))).parts == ()
     assert Ledger(str(tmp_path)).scan().parts == ()
+
+
+def test_an_actor_tells_of_its_engine_with_its_first_block(generate: PublishingGenerate) -> None:
+    told = [report_of(generate(captions(A.name, [row]))).engine for row in range(3)]
+    assert told == [ENGINE, None, None]
 
 
 @pytest.mark.parametrize(("replicas", "reads"), [(1, 8), (32, 8), (512, 128)])
