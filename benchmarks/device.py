@@ -30,6 +30,7 @@ import torch
 
 import actors  # noqa: F401  (hides a torchvision that does not match torch)
 from actors.engine.devices.base import device_name
+from actors.engine.failures import device_is_lost
 from actors.families import FAMILIES
 from benchmarks.device_meter import device_rates
 from benchmarks.device_models import (
@@ -171,9 +172,11 @@ def _models(
         rates = f"{peak.flops / 1e12:.4g} TFLOP/s, {peak.bandwidth / 1e9:.4g} GB/s"
         report.say(f"the device's peaks, of a large product and a copy: {rates}")
     longest = FIRST_MODEL_SECONDS if device.type == "cuda" else 0.0
-    for family, size in _chosen(options):
+    models = _chosen(options)
+    for index, (family, size) in enumerate(models):
         name = f"{family} {size}"
         if report.left < longest:
+            report.say(f"{name} is not begun: the time is nearly spent")
             left_out.append(name)
             continue
         begin = time.perf_counter()
@@ -189,10 +192,14 @@ def _models(
             results += bench.results if bench is not None else []
             engine = bench.engine if bench is not None else None
             del bench
+        if device_is_lost(device):
+            report.say("the device is lost to this process: run the others again")
+            left_out += [f"{family} {size}" for family, size in models[index + 1 :]]
+            break
         free_memory(device, engine)
         longest = max(longest, time.perf_counter() - begin)
     if left_out:
-        report.say(f"left out, since the time was nearly spent: {', '.join(left_out)}")
+        report.say(f"left out: {', '.join(left_out)}")
     if results:
         report.write(f"\n{table(results)}")
     return {"models": records, "rows": [result.rounded() for result in results], "left_out": left_out}

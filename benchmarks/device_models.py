@@ -89,7 +89,7 @@ class ModelBench:
                 found = self._generate(name, case, plan.batches[name])
                 if found is not None:
                     static[name] = found
-            free_memory(self.device)
+        free_memory(self.device)  # the engine's cache takes what is free now
         engine, record = self.prove()
         for name, case in cases.items():
             self._tessera(name, case, engine, demands[name], peak, plan, static.get(name))

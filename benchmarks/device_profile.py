@@ -40,6 +40,9 @@ class StepProfiler:
         self.profiled: dict[str, Profiled] = {}
         self._run: list[Step] = []
         self._active: Any = None
+        # The profiler's own start takes seconds, and wants the main thread.
+        with self._profile():
+            torch.ones(1, device=device).add_(1)
 
     def __call__(self, step: Step) -> None:
         kind = step.kind
@@ -52,13 +55,16 @@ class StepProfiler:
                 self.profiled[kind] = self._read(self._stop(), self._run[_SETTLED:])
         elif kind not in self.profiled and len(self._run) == _SETTLED:
             self._wait()
-            self._active = profile(activities=[ProfilerActivity.CUDA if self.cuda else ProfilerActivity.CPU])
+            self._active = self._profile()
             self._active.start()
 
     def close(self) -> None:
         """After the pass: a run of steps that it cut short is given up."""
         if self._active is not None:
             self._stop()
+
+    def _profile(self) -> profile:
+        return profile(activities=[ProfilerActivity.CUDA if self.cuda else ProfilerActivity.CPU])
 
     def _stop(self) -> Any:
         self._wait()

@@ -88,8 +88,8 @@ def test_captions_every_row_in_order_and_repeats_nothing(job):
     (run,) = Ledger(str(tmp_path / "out")).runs()
     engine = run["engine"]
     assert engine["engine"] == "continuous" and engine["dtype"] == "float32" and engine["replicas"] in (1, 2)
-    (line,) = [line for line in done.err.splitlines() if line.startswith("engine: ")]
-    assert line.startswith(f"engine: continuous on {engine['device']}, float32, ") and f"  {line}\n" in status
+    for told in (done.err, status):
+        assert f"continuous on {engine['device']}, float32, " in told
     page = tmp_path / "page.html"
     assert tessera("report", SPEC, *arguments, "--truth", "truth", "-o", page).code == 0
     assert page.read_text().count("data:image/") >= 30
