@@ -149,8 +149,10 @@ class Storage:
         )
 
     def open(self, path: str) -> BinaryIO:
-        """A seekable binary reader."""
+        """A seekable binary reader; OSError for a pipe or a device, which has no end or never begins."""
         info = self._with_retries("reading", path, lambda: self.filesystem.info(self.full(path)))
+        if info["type"] == "other":
+            raise OSError(f"{self.url}/{path} is a pipe, a socket or a device, not a file")
         return open_file(self.filesystem, self.full(path), int(info["size"]))
 
     def exists(self, path: str) -> bool:
