@@ -96,7 +96,7 @@ class Storage:
 
     def create_exclusive(self, path: str, data: bytes) -> bool:
         """As `put_atomic`, but only if the file does not exist; of several callers, each with bytes of its own,
-        exactly one gets True. S3 decides by `If-None-Match: *`, a local disk by link(2).
+        exactly one gets True. S3 decides by `If-None-Match: *`, a local disk by link(2) (without links: under a lock).
         """
         return self._swap(path, data, lambda: not self.exists(path), lambda: self._create(path, data))
 
@@ -273,7 +273,7 @@ class Storage:
                 self.filesystem.pipe_file(self.full(path), data, mode="create")
                 return True
             with local.temporary(Path(self.full(path)), data) as temporary:
-                os.link(temporary, self.full(path))
+                local.link_or_rename(temporary, Path(self.full(path)))
         except FileExistsError:
             return False
         return True
