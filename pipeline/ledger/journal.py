@@ -11,7 +11,7 @@ Memory: a few numbers for each shard, and the paths of open shards' parts.
 from collections.abc import Iterable
 
 from pipeline.input.shards import Shard
-from pipeline.ledger.entries import RowStats
+from pipeline.ledger.entries import Entry, RowStats
 from pipeline.ledger.state import Plan, Published, ShardState, Standing
 
 
@@ -28,11 +28,14 @@ class Journal:
 
     def add(self, parts: Iterable[Published]) -> None:
         """Parts that were published; in any order, and any of them again."""
+        found: dict[str, list[tuple[str, Entry]]] = {}
         for part in parts:
             for name, entry in part.entries.items():
                 if name in self._open:  # else a late repeat, of a shard that is sealed
-                    self._open[name] = self._open[name].with_parts([(part.path, entry)])
-                    self._begun.add(name)
+                    found.setdefault(name, []).append((part.path, entry))
+        for name, new in found.items():  # a shard at once: it goes through all its parts
+            self._open[name] = self._open[name].with_parts(new)
+            self._begun.add(name)
 
     def seal(self, shard: Shard, stats: RowStats) -> None:
         """A shard that was sealed, with the statistics of its rows; its parts are no longer the journal's."""

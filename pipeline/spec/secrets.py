@@ -18,6 +18,8 @@ WHERE_THEY_BELONG = (
 _PATTERNS = (
     (re.compile(r"(?<!github)://[^/\s@:'\"]*:(?!:|\d+(?:/|$))[^@\s'\"]*@"), "://...@"),
     (re.compile(r"(?<=http)(s?)://[^/\s@'\"]+@"), r"\1://...@"),
+    # Of a web address all that follows a "?" is a query, whether it has names or not, and no glob
+    (re.compile(r"(?<=http)(s?://[^\s?'\"]*)\?[^\s'\"]*?(?=[:;,.)\]]*(?:[\s'\"]|$))"), r"\1?..."),
     (re.compile(r"\?[A-Za-z][\w.%+-]*=[^\s'\"]*?(?=[:;,.)\]]*(?:[\s'\"]|$))"), "?..."),
 )
 

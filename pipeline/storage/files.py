@@ -22,6 +22,7 @@ _TOKENS = (
     "e_tag",
     "md5Hash",
     "generation",
+    "blob_id",
     "mtime",
     "LastModified",
     "last_modified",
@@ -35,7 +36,7 @@ Result = TypeVar("Result")
 @dataclass(frozen=True, slots=True)
 class FileInfo:
     """A listed file. `path` is relative to the root listed, `size` in bytes; `token` changes with the content
-    (etag in object stores, mtime in ns locally; empty where the store tells neither)."""
+    (etag in object stores, blob on the Hugging Face hub, mtime in ns locally; empty where the store tells none)."""
 
     path: str
     size: int

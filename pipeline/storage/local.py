@@ -1,5 +1,6 @@
 """Durable and exclusive writes on a local disk: folders, hidden temporary files and a lock on a folder."""
 
+import errno
 import fcntl
 import os
 import time
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP}
 _LOCK_SECONDS = 5.0  # a lock held longer is a stopped process's; going on without it is no worse than on NFS
 
 
@@ -35,6 +37,24 @@ def write_temporary(target: Path, data: bytes) -> Path:
         written.unlink(missing_ok=True)
         raise
     return written
+
+
+def link_or_rename(written: Path, target: Path) -> None:
+    """Gives a file that was written its name; FileExistsError if there is one of that name.
+
+    Disks without hard links (FAT, SMB, most buckets that are mounted) compare and rename under a lock on the folder.
+    """
+    try:
+        os.link(written, target)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        with locked(target.parent):
+            if target.exists():
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
+            os.replace(written, target)
 
 
 def is_temporary(path: str) -> bool:

@@ -96,7 +96,7 @@ class Storage:
 
     def create_exclusive(self, path: str, data: bytes) -> bool:
         """As `put_atomic`, but only if the file does not exist; of several callers, each with bytes of its own,
-        exactly one gets True. S3 decides by `If-None-Match: *`, a local disk by link(2).
+        exactly one gets True. S3 decides by `If-None-Match: *`, a local disk by link(2) (without links: under a lock).
         """
         return self._swap(path, data, lambda: not self.exists(path), lambda: self._create(path, data))
 
@@ -149,8 +149,10 @@ class Storage:
         )
 
     def open(self, path: str) -> BinaryIO:
-        """A seekable binary reader."""
+        """A seekable binary reader; OSError for a pipe or a device, which has no end or never begins."""
         info = self._with_retries("reading", path, lambda: self.filesystem.info(self.full(path)))
+        if info["type"] == "other":
+            raise OSError(f"{self.url}/{path} is a pipe, a socket or a device, not a file")
         return open_file(self.filesystem, self.full(path), int(info["size"]))
 
     def exists(self, path: str) -> bool:
@@ -271,7 +273,7 @@ class Storage:
                 self.filesystem.pipe_file(self.full(path), data, mode="create")
                 return True
             with local.temporary(Path(self.full(path)), data) as temporary:
-                os.link(temporary, self.full(path))
+                local.link_or_rename(temporary, Path(self.full(path)))
         except FileExistsError:
             return False
         return True

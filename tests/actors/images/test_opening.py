@@ -2,6 +2,7 @@
 
 import io
 import struct
+import tracemalloc
 import zlib
 
 import pytest
@@ -101,3 +102,43 @@ def test_only_the_first_frame_is_decoded(file_format: str, monkeypatch: pytest.M
     monkeypatch.setattr(kind, "seek", spy)
     assert decode(data, LIMIT).shape == (3, 12, 16)
     assert sought <= {0}
+
+
+def shared_tags(count: int, size: int) -> bytes:
+    """A TIFF of 4 x 4 pixels with `count` tags more, all of which are the same `size` bytes of the file."""
+    plain = [
+        (256, 4, 4),
+        (257, 4, 4),
+        (258, 3, 8),
+        (259, 3, 1),
+        (262, 3, 1),
+        (277, 3, 1),
+        (278, 4, 4),
+        (279, 4, 16),
+    ]
+    data = 8 + 2 + 12 * (len(plain) + 1 + count) + 4
+    tags = [struct.pack("<HHLL", tag, kind, 1, value) for tag, kind, value in [*plain, (273, 4, data)]]
+    tags += [struct.pack("<HHLL", 1000 + number, 7, size, data) for number in range(count)]
+    return b"II*\0" + struct.pack("<LH", 8, len(tags)) + b"".join(tags) + bytes(4 + size)
+
+
+def with_exif(exif: bytes) -> bytes:
+    """A JPEG without a resolution of its own, which Pillow then looks for in EXIF, in as many segments as it takes."""
+    jpeg = encoded("JPEG")
+    rest = jpeg[4 + int.from_bytes(jpeg[4:6], "big") :]
+    parts = (b"Exif\0\0" + exif[start : start + 65_000] for start in range(0, len(exif), 65_000))
+    segments = (b"\xff\xe1" + struct.pack(">H", 2 + len(part)) + part for part in parts)
+    return jpeg[:2] + b"".join(segments) + rest
+
+
+@pytest.mark.parametrize(
+    "data", [shared_tags(500, 1 << 20), with_exif(shared_tags(500, 1 << 20))], ids=["tiff", "exif"]
+)
+def test_tags_that_share_bytes_take_no_more_memory_than_the_file(data: bytes) -> None:
+    """Pillow 12 copied them a tag, which made gigabytes of a file of 1 MiB."""
+    tracemalloc.start()
+    try:
+        decode(data, LIMIT)
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()

@@ -1,5 +1,6 @@
 """The source: the remaining rows and no others, every form of image column, and paths that may not escape."""
 
+import os
 import random
 
 import pyarrow as pa
@@ -157,6 +158,16 @@ def test_images_by_path_are_fetched_from_beside_the_shard(tmp_path):
     for row, path in zip(rows[1:], paths[1:], strict=True):
         assert row[IMAGES] is None and row[ERROR]["kind"] == "fetch" and path in row[ERROR]["message"]
     assert not any(b"secret" in str(row).encode() for row in rows)
+
+
+def test_a_pipe_or_a_device_beside_the_shard_is_not_opened(tmp_path):
+    """The one would be waited for, the other read, for ever."""
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    cells = [{"bytes": None, "path": name} for name in ("pipe.png", "zero.png")]
+    errors = [row[ERROR] for row in read(write(tmp_path, pa.table({"id": [0, 1], "image": cells})))]
+    assert [error["kind"] for error in errors] == ["fetch", "fetch"]
+    assert all(error["message"].endswith("is a pipe, a socket or a device, not a file") for error in errors)
 
 
 def test_credentials_in_a_picture_s_path_are_not_repeated(tmp_path):

@@ -3,12 +3,15 @@
 import tempfile
 
 import pyarrow as pa
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.input.rows import RowSet
+from pipeline.ledger.entries import Entry, RowStats
 from pipeline.ledger.journal import Journal
 from pipeline.ledger.ledger import Ledger
-from pipeline.ledger.state import Plan, Published
+from pipeline.ledger.state import Plan, Published, ShardState
 from tests.pipeline.ledgers import KEPT, captions, shard
 
 A, B, EMPTY = shard("a.parquet", 12), shard("sub/b.parquet", 5), shard("empty", 0)
@@ -61,3 +64,22 @@ def test_a_resumed_job_begins_with_what_the_files_say(tmp_path) -> None:
     assert told.to_seal == [EMPTY]
     told.add(ledger.publish(captions(A.name, range(6, 12))))
     assert set(told.to_seal) == {A, EMPTY}
+
+
+def test_a_look_goes_once_through_a_shard_s_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not once for each part that came: a shard of ten million rows has 300,000 of them."""
+    large = shard("large.parquet", 1000)
+    steps: list[int] = []
+    with_parts = ShardState.with_parts
+
+    def counted(self: ShardState, found: list[tuple[str, Entry]]) -> ShardState:
+        steps.append(len(self.parts))
+        return with_parts(self, found)
+
+    monkeypatch.setattr(ShardState, "with_parts", counted)
+    told = Journal(Plan((ShardState.untouched(large),)))
+    entries = [Entry(large.fingerprint, RowSet.of([row]), RowStats(1)) for row in range(1000)]
+    parts = [Published(f"part-{row}", 1, {large.name: entry}) for row, entry in enumerate(entries)]
+    told.add(parts[:500])
+    told.add(parts[500:])
+    assert steps == [0, 500] and told.to_seal == [large]

@@ -140,6 +140,9 @@ CREDENTIALS = [
     "https://AKIAhush@host/x",
     "https://host/x.parquet?X-Amz-Credential=AKIA&X-Amz-Signature=hush",
     "https://account.blob.core.windows.net/c/x?sv=2024&se=AKIA&sig=hush%3D",
+    "https://host/x.parquet?hush",
+    "https://host/x?&sig=hush",
+    "https://host/x?_t=hush",
     "simplecache::https://host/x?sig=hush",
     "zip://a.parquet::https://u:hush@host/x.zip",
 ]

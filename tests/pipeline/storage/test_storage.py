@@ -1,5 +1,6 @@
 """Storage: whole files or none, on a local disk and on a real HTTP S3 server; nothing leaves the root."""
 
+import errno
 import os
 import pickle
 import threading
@@ -199,3 +200,17 @@ def test_a_large_object_is_one_atomic_put(s3_url: str) -> None:
     data = os.urandom(1 << 20) * 110  # above s3fs's limit for a single put: a multipart upload
     storage.put_atomic("large", data)
     assert storage.read("large") == data
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_disk_without_hard_links_still_has_one_creator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def link(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("os.link", link)
+    storage = Storage(str(tmp_path))
+    done = in_parallel(lambda number: storage.create_exclusive("a/lease", b"%d" % number), range(16))
+    assert sum(done) == 1 and storage.read("a/lease") == b"%d" % done.index(True)
+    assert os.listdir(tmp_path / "a") == ["lease"]
