@@ -42,7 +42,7 @@ def test_every_row_once_whatever_dies(job, tmp_path, seed):
     assert result.clean, result
     assert survived.kills["driver"] == survived.kills["node"] == 1
     assert tessera("verify", "--deep", *scene.arguments(output)).code == 0
-    # Of files, only hidden ones may stay, of writers killed inside a put; a sweep deletes them when they are an hour old.
+    # Of files, only hidden ones may stay, of writers killed inside a put: a sweep deletes them after an hour.
     # (Each lies in the folder of its shard, and those have names like parts here.)
     left = [path.name for path in Path(output, "_tessera/journal").rglob("*") if path.is_file()]
     assert all(is_temporary(name) for name in left), left
