@@ -1,5 +1,6 @@
 """The ledger's laws, one test each, on a local disk and on a real HTTP S3 server."""
 
+import os
 import pickle
 import random
 import signal
@@ -26,6 +27,7 @@ from pipeline.ledger.merge import part_rows, sealed_file
 from pipeline.ledger.retry import merge_retried
 from pipeline.spec.job_spec import JobSpec, parse_spec
 from pipeline.storage.files import FileInfo, in_parallel
+from pipeline.storage.local import write_temporary
 from pipeline.storage.storage import Storage
 from tests.pipeline.ledgers import KEPT, captions, journal, publish, run_to_the_end, sealed_bytes, shard
 
@@ -207,6 +209,19 @@ def test_law_5_a_part_is_deleted_only_after_its_shard_is_sealed(ledger: Ledger) 
     assert len(parts) == 2 and ledger.sweep(SHARDS) == []
     ledger.storage.put_atomic("data/a.parquet", data)
     assert ledger.sweep(SHARDS) == parts
+
+
+def test_what_a_killed_writer_left_keeps_its_folder_and_nothing_else_for_an_hour(tmp_path: Path) -> None:
+    """The shard is named as a part would be: what stands in the journal under that name is a folder."""
+    ledger, one = Ledger(str(tmp_path)), shard("part-00001.parquet", 2)
+    part = publish(ledger, captions(one.name, range(2)))
+    torn = write_temporary(tmp_path / part, b"torn")
+    ledger.seal(one, KEPT)
+    assert ledger.sweep([one]) == [part]
+    assert [path for path in (tmp_path / JOURNAL).rglob("*") if path.is_file()] == [torn]
+    assert torn.parent == tmp_path / JOURNAL / one.name and ledger.verify([one], deep=True).ok
+    os.utime(torn, (0, 0))
+    assert ledger.sweep([one]) == [] and not (tmp_path / JOURNAL).exists()
 
 
 def test_a_seal_looks_at_its_own_folder_and_sees_parts_that_nobody_told_of(ledger: Ledger) -> None:
