@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from actors.engine.devices.cpu.layers import PackedLinear
 from actors.engine.devices.kv_cache import KVShape
 from actors.engine.engine import ContinuousEngine
-from actors.engine.sampling import Sampled
+from actors.engine.sampling import Tokens
 from actors.engine.scheduler import Chunk
 from actors.engine.types import Request
 
@@ -112,7 +112,7 @@ def utilisation(
     prefill = decode = flops = moved = 0.0
     original = engine.runner.step
 
-    def step(chunks: Sequence[Chunk]) -> Sampled:
+    def step(chunks: Sequence[Chunk]) -> Tokens | None:
         nonlocal prefill, decode, flops, moved
         if peak.seconds <= prefill + decode:
             peak.sample()

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
 from actors.engine.scheduler import SequenceState
+from actors.engine.transfer import upload
 from actors.families.checkpoint import CheckpointError
 
 # Fields that change tokens -> the values at which they do not. Not here: what the job spec sets itself (lengths,
@@ -86,7 +87,7 @@ class CheckpointRules:
 
     def apply(self, scores: Tensor, sequences: Sequence[SequenceState]) -> Tensor:
         """scores [R, V], one row a sequence -> the same with forbidden ids at -inf; `scores` itself is left alone."""
-        first = [index for index, sequence in enumerate(sequences) if not sequence.generated]
+        first = [index for index, sequence in enumerate(sequences) if not sequence.sampled]
         short = [index for index, sequence in enumerate(sequences) if self._is_short(sequence)]
         everywhere = list(range(len(sequences)))
         for rows, ids in (
@@ -95,13 +96,15 @@ class CheckpointRules:
             (short, self.eos),
         ):
             if rows and ids:
-                device = scores.device
-                at = torch.tensor(rows, device=device)[:, None], torch.tensor(ids, device=device)[None]
-                scores = scores.index_put(at, scores.new_tensor(float("-inf")))
+                at = (
+                    upload(np.array(rows)[:, None], scores.device),
+                    upload(np.array(ids)[None], scores.device),
+                )
+                scores = scores.index_put(at, scores.new_full((), float("-inf")))
         return scores
 
     def _is_short(self, sequence: SequenceState) -> bool:
-        length = len(sequence.generated)
+        length = sequence.sampled
         return length < self.min_new_tokens or sequence.prompt_length + length < self.min_length
 
 

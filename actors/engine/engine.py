@@ -26,7 +26,7 @@ from actors.engine.model.packed import use_packed_attention
 from actors.engine.model.runner import ModelRunner
 from actors.engine.prefix import find_prefix_source, prefix_key, shared_tokens
 from actors.engine.reference import complete
-from actors.engine.sampling import Sampled
+from actors.engine.sampling import Tokens
 from actors.engine.scheduler import Chunk, Limits, Scheduler, SequenceState
 from actors.engine.stopping import Stopper
 from actors.engine.types import Completion, DeviceLost, EngineRecord, Request
@@ -34,6 +34,9 @@ from actors.errors import RowError
 from actors.families.base import Family
 
 log = logging.getLogger(__name__)
+
+_Launched = tuple[Sequence[Chunk], Tokens | None]
+"""Chunks that were launched together, and what they sample, if anything."""
 
 _IDLE_SECONDS = 5.0
 _SMALLEST_CHUNK = 128
@@ -68,6 +71,7 @@ class ContinuousEngine:
         self._wake = Condition()
         self._thread: Thread | None = None
         self._lost: DeviceLost | None = None
+        self._in_flight: list[_Launched] = []
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Completions as they finish. Safe to call from several threads at once; requests are taken from the iterable
@@ -159,7 +163,15 @@ class ContinuousEngine:
                 sequence.emit((sequence, lost))
 
     def _step(self) -> None:
-        """Let sequences in, encode what the step needs, compute it, let finished sequences out."""
+        """Schedule, run, postprocess. Where the device computes by itself, what is postprocessed is the step before."""
+        launched = self._run(self._schedule())
+        if self.runner.ahead:
+            launched, self._in_flight = self._in_flight, launched
+        for chunks, tokens in launched:
+            self._postprocess(chunks, tokens)
+
+    def _schedule(self) -> list[Chunk]:
+        """Lets sequences in, and encodes the images that the next step needs."""
         self.scheduler.drop_cancelled()
         known = len(self.scheduler.running)
         for sequence in self.scheduler.admit():
@@ -171,9 +183,7 @@ class ContinuousEngine:
             self._take_prefix(sequence)
         chunks = self.scheduler.plan()
         self._encode([chunk.sequence for chunk in chunks if _needs_features(chunk)])
-        chunks = [chunk for chunk in chunks if chunk.sequence.reservation is not None]
-        if chunks:
-            self._compute(chunks)
+        return [chunk for chunk in chunks if chunk.sequence.reservation is not None]
 
     def _reserve(self, sequence: SequenceState) -> object:
         prefix_source = find_prefix_source(sequence, self.scheduler.running)
@@ -213,22 +223,27 @@ class ContinuousEngine:
         if sequences:
             try_apart(sequences, self.runner.encode, self._recover(lambda _: self._shrink_tiles()), alone)
 
-    def _compute(self, chunks: Sequence[Chunk]) -> None:
-        """One step. It may be repeated over the same tokens, since it writes the same keys and values to the same
-        places."""
-        computed: list[tuple[Sequence[Chunk], Sampled]] = []
+    def _run(self, chunks: Sequence[Chunk]) -> list[_Launched]:
+        """Launches one step, in several where memory is short. It may be repeated over the same tokens, since it writes
+        the same keys and values to the same places."""
+        launched: list[_Launched] = []
 
         def attempt(some: Sequence[Chunk]) -> None:
-            computed.append((some, self.runner.step(some)))
+            launched.append((some, self.runner.step(some)))
 
         def alone(chunk: Chunk, error: Exception, shrunk: bool) -> None:
             # Else the next step is smaller
             if not (shrunk and chunk.length > self.scheduler.limits.prefill_tokens):
                 self._fail(chunk.sequence, row_error(error))
 
-        try_apart(chunks, attempt, self._recover(self._shrink_step), alone)
-        for some, sampled in computed:
-            self._advance(some, sampled)
+        if chunks:
+            try_apart(chunks, attempt, self._recover(self._shrink_step), alone)
+        for chunk in (chunk for some, _ in launched for chunk in some):
+            chunk.sequence.computed = chunk.end
+            if chunk.samples:
+                chunk.sequence.pending += 1
+                chunk.sequence.features = None
+        return launched
 
     def _recover(self, shrink: Callable[[Sequence[Any]], bool]) -> Callable[[Sequence[Any], Exception], bool]:
         """For `try_apart`: raises where the device is lost; where memory ran out, less is computed at once."""
@@ -244,18 +259,20 @@ class ContinuousEngine:
 
         return recover
 
-    def _advance(self, chunks: Sequence[Chunk], sampled: Sampled) -> None:
-        row = 0
-        for chunk in chunks:
-            sequence = chunk.sequence
-            sequence.computed = chunk.end
-            if not chunk.samples:
+    def _postprocess(self, chunks: Sequence[Chunk], tokens: Tokens | None) -> None:
+        """Takes in what a step sampled, and lets finished sequences out. What was computed for one that had left by
+        then is dropped."""
+        if tokens is None:
+            return
+        token_ids, logprobs = tokens.result()
+        sampling = [chunk.sequence for chunk in chunks if chunk.samples]
+        for row, sequence in enumerate(sampling):
+            if sequence.reservation is None:
                 continue
-            sequence.features = None
-            sequence.generated.append(sampled.token_ids[row])
-            if sampled.logprobs is not None:
-                sequence.logprobs.append(sampled.logprobs[row])
-            row += 1
+            sequence.pending -= 1
+            sequence.generated.append(token_ids[row])
+            if logprobs is not None:
+                sequence.logprobs.append(logprobs[row])
             self._finish_if_done(sequence)
 
     def _finish_if_done(self, sequence: SequenceState) -> None:

@@ -9,13 +9,15 @@ repetition penalty, what the checkpoint forbids, temperature, top-k, top-p.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from actors.engine.checkpoint_rules import CheckpointRules
 from actors.engine.scheduler import SequenceState
+from actors.engine.transfer import download, upload
 from actors.engine.types import Sampling
 
 _MASK = (1 << 64) - 1
@@ -23,33 +25,81 @@ _NUCLEUS = 1024
 """Tokens looked at first for top-p: a full sort of a 256 k vocabulary is rarely needed."""
 
 
-class Sampled(NamedTuple):
-    """One token a row, and its log-probability under the model where any row asked for it."""
+class Tokens:
+    """One token a row, and its log-probability under the model where any row asked for it, on their way to the host."""
 
-    token_ids: list[int]
-    logprobs: list[float] | None
+    def __init__(self, token_ids: Tensor, logprobs: Tensor | None) -> None:
+        # Ids survive a float64 exactly, so both travel in one copy.
+        both = token_ids[None] if logprobs is None else torch.stack([token_ids.double(), logprobs.double()])
+        self._arrived = download(both)
+
+    def result(self) -> tuple[list[int], list[float] | None]:
+        """Waits until they are there."""
+        token_ids, *logprobs = self._arrived().tolist()
+        return [int(token) for token in token_ids], logprobs[0] if logprobs else None
 
 
-def sample(logits: Tensor, sequences: Sequence[SequenceState], rules: CheckpointRules) -> Sampled:
-    """logits [R, V], one row a sequence -> its next token. One copy to the host."""
-    rows = [sequence.request.sampling for sequence in sequences]
-    logits = logits.float()
-    scores = rules.apply(_penalize(logits, sequences, rows), sequences)
-    chosen = scores.argmax(dim=-1)
-    # Rows that truncate draw in another order than rows that do not: each kind by itself, or a row's number would pick
-    # another token beside other neighbours.
-    for truncates in (False, True):
-        drawing = [i for i, row in enumerate(rows) if row.temperature > 0 and _truncates(row) == truncates]
-        if drawing:
-            index = torch.tensor(drawing, device=logits.device)
-            uniform = [uniform_at(rows[i].seed, len(sequences[i].generated)) for i in drawing]
-            chosen[index] = draw(scores[index], [rows[i] for i in drawing], uniform)
-    if not any(row.logprobs for row in rows):
-        return Sampled(chosen.tolist(), None)
-    logprobs = logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(dim=-1)
-    # Ids survive a float64 exactly, so both travel in one copy.
-    both = torch.stack([chosen.double(), logprobs.double()]).tolist()
-    return Sampled([int(token) for token in both[0]], both[1])
+class Sampler:
+    """Picks the next token of each row.
+
+    `last` int64 [slots + 1] holds the last token of the sequence in each slot, on the device: the next step takes it
+    from there, before the host knows it. The last slot is scratch.
+    """
+
+    def __init__(self, slots: int, rules: CheckpointRules, device: torch.device) -> None:
+        self.last = torch.zeros(slots + 1, dtype=torch.int64, device=device)
+        self._rules = rules
+        self._seen: Tensor | None = None
+
+    def __call__(self, logits: Tensor, sequences: Sequence[SequenceState]) -> Tokens:
+        """logits [R, V], one row a sequence -> its next token."""
+        rows = [sequence.request.sampling for sequence in sequences]
+        slots = self._upload([sequence.slot for sequence in sequences])
+        logits = logits.float()
+        scores = self._rules.apply(self._penalize(logits, sequences, slots), sequences)
+        chosen = scores.argmax(dim=-1)
+        # Rows that truncate draw in another order than rows that do not: each kind by itself, or a row's number would
+        # pick another token beside other neighbours.
+        for truncates in (False, True):
+            drawing = [
+                i for i, row in enumerate(rows) if row.temperature > 0 and _truncates(row) == truncates
+            ]
+            if drawing:
+                index = self._upload(drawing)
+                uniform = [uniform_at(rows[i].seed, sequences[i].sampled) for i in drawing]
+                chosen[index] = draw(scores[index], [rows[i] for i in drawing], uniform)
+        self.last.index_copy_(0, slots, chosen)
+        if not any(row.logprobs for row in rows):
+            return Tokens(chosen, None)
+        return Tokens(chosen, logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(dim=-1))
+
+    def _penalize(self, logits: Tensor, sequences: Sequence[SequenceState], slots: Tensor) -> Tensor:
+        """transformers' repetition penalty: scores of ids already in the prompt (placeholders too) or the text are
+        divided by it if positive, multiplied if negative."""
+        penalties = [sequence.request.sampling.repetition_penalty for sequence in sequences]
+        penalized = [index for index, penalty in enumerate(penalties) if penalty != 1]
+        if not penalized:
+            return logits
+        if self._seen is None:
+            shape = len(self.last), logits.shape[1]
+            self._seen = torch.zeros(shape, dtype=torch.bool, device=logits.device)
+        at = self._upload(penalized)
+        slots = slots[at]
+        for sequence in (sequences[index] for index in penalized):
+            if not sequence.sampled:  # nothing of its own is in its slot yet
+                self._seen[sequence.slot] = False
+                self._seen[sequence.slot, self._upload(sequence.request.token_ids)] = True
+                self.last[sequence.slot] = int(sequence.request.token_ids[-1])
+        self._seen[slots, self.last[slots]] = True
+        factor = self._upload([penalties[index] for index in penalized], np.float32)[:, None]
+        scores = logits[at]
+        penalized_scores = torch.where(scores < 0, scores * factor, scores / factor)
+        result = logits.clone()
+        result[at] = torch.where(self._seen[slots], penalized_scores, scores)
+        return result
+
+    def _upload(self, values: Any, dtype: Any = np.int64) -> Tensor:
+        return upload(np.asarray(values, dtype), self.last.device)
 
 
 def uniform_at(seed: int, index: int) -> float:
@@ -64,15 +114,15 @@ def draw(scores: Tensor, rows: Sequence[Sampling], uniform: Sequence[float]) -> 
     """scores [R, V] float32 and one number in [0, 1) a row -> token ids int64 [R]. Either all rows truncate (top-k,
     top-p) or none does."""
     device, vocabulary = scores.device, scores.shape[1]
-    temperature = torch.tensor([row.temperature for row in rows], device=device)
+    number = upload(np.array(uniform)[:, None], device)
+    temperature, top_p = upload(
+        np.array([(row.temperature, row.top_p) for row in rows], np.float32).T.copy(), device
+    )
     scores = scores / temperature[:, None]
-    number = torch.tensor(uniform, dtype=torch.float64, device=device)[:, None]
     if not _truncates(rows[0]):
         return _invert(scores.softmax(dim=-1), number)
-    top_k = torch.tensor(
-        [row.top_k if 0 < row.top_k < vocabulary else vocabulary for row in rows], device=device
-    )
-    top_p = torch.tensor([row.top_p for row in rows], device=device)
+    kept_ids = [row.top_k if 0 < row.top_k < vocabulary else vocabulary for row in rows]
+    top_k = upload(np.array(kept_ids), device)
     width = min(vocabulary, max(_NUCLEUS, *(row.top_k for row in rows), 0))
     while True:
         best, ids = scores.topk(width, dim=-1)
@@ -82,8 +132,11 @@ def draw(scores: Tensor, rows: Sequence[Sampling], uniform: Sequence[float]) -> 
         total = torch.where(top_k < vocabulary, kept.logsumexp(-1), scores.logsumexp(-1))
         probabilities = (kept - total[:, None]).exp()
         before = probabilities.double().cumsum(-1) - probabilities
+        # Only top-p alone may need more: to know waits for the device.
+        if width == vocabulary or all(ids <= width for ids in kept_ids):
+            break
         complete = (top_k <= width) | ((before[:, -1] + probabilities[:, -1]) >= top_p)
-        if width == vocabulary or bool(complete.all()):
+        if bool(complete.all()):
             break
         width = vocabulary
     # Kept are the fewest best tokens whose mass reaches top_p; the best one always is.
@@ -102,33 +155,3 @@ def _invert(weights: Tensor, number: Tensor) -> Tensor:
     cumulative = weights.double().cumsum(-1)
     index = torch.searchsorted(cumulative, number * cumulative[:, -1:], right=True)[:, 0]
     return index.clamp_(max=weights.shape[1] - 1)
-
-
-def _penalize(logits: Tensor, sequences: Sequence[SequenceState], rows: Sequence[Sampling]) -> Tensor:
-    """transformers' repetition penalty: scores of ids already in the prompt (placeholders too) or the text are
-    divided by it if positive, multiplied if negative."""
-    penalized = [index for index, row in enumerate(rows) if row.repetition_penalty != 1]
-    if not penalized:
-        return logits
-    for index in penalized:
-        _note_seen(sequences[index], logits)
-    at = torch.tensor(penalized, device=logits.device)
-    seen = torch.stack(
-        [sequence.seen for sequence in (sequences[i] for i in penalized) if sequence.seen is not None]
-    )
-    factor = torch.tensor([rows[index].repetition_penalty for index in penalized], device=logits.device)[
-        :, None
-    ]
-    scores = logits[at]
-    result = logits.clone()
-    result[at] = torch.where(seen, torch.where(scores < 0, scores * factor, scores / factor), scores)
-    return result
-
-
-def _note_seen(sequence: SequenceState, logits: Tensor) -> None:
-    if sequence.seen is None:
-        sequence.seen = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
-        ids = [*sequence.request.token_ids.tolist(), *sequence.generated]
-        sequence.seen[torch.tensor(ids, device=logits.device)] = True
-    elif sequence.generated:
-        sequence.seen[sequence.generated[-1]] = True

@@ -30,13 +30,15 @@ class SequenceState:
     computed: int = 0
     """Tokens whose keys and values are in the cache."""
     generated: list[int] = field(default_factory=list)
+    pending: int = 0
+    """Tokens that were sampled and are on their way to the host."""
     logprobs: list[float] = field(default_factory=list)
     reservation: Any = None
     """What the device's cache gave it; None outside the cache."""
+    slot: int = -1
+    """Its place among those that run, and where its last token lies on the device."""
     features: Tensor | None = None
     """[placeholders, D] encoded images, until the prompt is computed."""
-    seen: Tensor | None = None
-    """bool [V]: ids of the prompt and the generated text, where a repetition penalty asks for it."""
     prefix_source: SequenceState | None = None
     """A sequence with the same image and prompt start, whose prefix this one copies once it is computed."""
     prefix: int = 0
@@ -56,6 +58,16 @@ class SequenceState:
     @property
     def decoding(self) -> bool:
         return self.computed >= self.prompt_length
+
+    @property
+    def sampled(self) -> int:
+        """Tokens of its text, those included that the host does not know yet."""
+        return len(self.generated) + self.pending
+
+    @property
+    def complete(self) -> bool:
+        """Whether its text is as long as it may be."""
+        return self.sampled >= self.request.sampling.max_new_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +110,7 @@ class Scheduler:
         self.waiting: deque[SequenceState] = deque()
         self.running: list[SequenceState] = []
         self._reserve, self._release = reserve, release
+        self._slots = list(range(limits.sequences))
 
     def __len__(self) -> int:
         return len(self.waiting) + len(self.running)
@@ -119,6 +132,7 @@ class Scheduler:
                 return
             head.reservation = self._reserve(head)
             if head.reservation is not None:
+                head.slot = self._slots.pop()
                 self.running.append(self.waiting.popleft())
                 pending += visual
             elif self.running:
@@ -128,7 +142,11 @@ class Scheduler:
 
     def plan(self) -> list[Chunk]:
         """The next step: decoding sequences first, then prompts, in order of arrival."""
-        chunks = [Chunk(sequence, sequence.computed, 1) for sequence in self.running if sequence.decoding]
+        chunks = [
+            Chunk(sequence, sequence.computed, 1)
+            for sequence in self.running
+            if sequence.decoding and not sequence.complete
+        ]
         # Decoding tokens count too, so that full steps have one size; but never more than half of it.
         limit = self.limits.prefill_tokens
         whole = budget = max(limit - len(chunks), -(-limit // 2))
@@ -156,6 +174,6 @@ class Scheduler:
     def remove(self, sequence: SequenceState) -> None:
         """Takes a finished, failed or abandoned sequence out, and gives its room back."""
         self.running.remove(sequence)
-        if sequence.reservation is not None:
-            self._release(sequence.reservation)
-        sequence.reservation = sequence.features = sequence.seen = None
+        self._release(sequence.reservation)
+        self._slots.append(sequence.slot)
+        sequence.reservation = sequence.features = None

@@ -17,11 +17,12 @@ from transformers import PreTrainedModel
 
 from actors.engine.checkpoint_rules import CheckpointRules
 from actors.engine.devices.base import Device, Step
-from actors.engine.devices.cuda.cache import PagedCache, upload
+from actors.engine.devices.cuda.cache import PagedCache
 from actors.engine.devices.cuda.graphs import DecodeGraphs, capture_decoding
 from actors.engine.model.packed import Pass, packed_forward
-from actors.engine.sampling import Sampled, sample
+from actors.engine.sampling import Sampler, Tokens
 from actors.engine.scheduler import Chunk, SequenceState
+from actors.engine.transfer import upload
 from actors.families.base import Family, ImageLayout
 
 
@@ -38,10 +39,13 @@ class ModelRunner:
         self, family: Family, model: PreTrainedModel, device: Device, rules: CheckpointRules
     ) -> None:
         self.family, self.model, self.cache = family, model, device.cache
-        self.device, self.rules = model.device, rules
+        self.device = model.device
+        self.ahead = model.device.type == "cuda"
+        """Whether a step is to begin before the tokens of the one before it are known."""
         self.tiles = device.tiles
         """Tiles encoded at once; a larger image is encoded alone."""
         self._embed = model.get_input_embeddings()
+        self._sampler = Sampler(device.limits.sequences, rules, model.device)
         self._graphs: DecodeGraphs | None = None
         if isinstance(device.cache, PagedCache) and device.cache.attention != "gathered":
             with torch.inference_mode():
@@ -66,31 +70,47 @@ class ModelRunner:
             own = [next(left) for _ in sequence.request.layouts]
             sequence.features = torch.cat(own) if len(own) > 1 else own[0]
 
-    def step(self, chunks: Sequence[Chunk]) -> Sampled:
+    def step(self, chunks: Sequence[Chunk]) -> Tokens | None:
         """Computes `chunks` (those of one token first); one token for each chunk that samples, in order."""
-        sampling = [chunk for chunk in chunks if chunk.samples]
+        sampling = [chunk.sequence for chunk in chunks if chunk.samples]
+        logits = None
         if self._graphs is not None and all(chunk.start >= chunk.sequence.prompt_length for chunk in chunks):
-            logits = self._graphs(chunks, [chunk.sequence.generated[-1] for chunk in chunks])
-            if logits is not None:
-                return sample(logits, [chunk.sequence for chunk in sampling], self.rules)
-        ids = np.concatenate([_token_ids(chunk) for chunk in chunks])
-        positions = np.concatenate([np.arange(chunk.start, chunk.end) for chunk in chunks])
-        embeds = self._embed(self._upload(self._padded(ids)))
+            logits = self._graphs(chunks)
+        if logits is None:
+            logits = self._packed(chunks, len(sampling))
+        return self._sampler(logits, sampling) if sampling else None
+
+    def _packed(self, chunks: Sequence[Chunk], sampling: int) -> Tensor:
+        """Logits [sampling, V] of the chunks that sample."""
         bounds = list(accumulate((chunk.length for chunk in chunks), initial=0))
+        ids = np.concatenate([_token_ids(chunk) for chunk in chunks])
+        embeds = self._embed(self._with_last(self._upload(self._padded(ids)), chunks))
         self._place_features(embeds, chunks, bounds)
+        positions = np.concatenate([np.arange(chunk.start, chunk.end) for chunk in chunks])
         hidden = packed_forward(
             self.model,
             embeds[None],
             self._upload(self._padded(positions))[None],
             self._pass(chunks, bounds),
         )
-        if not sampling:
-            return Sampled([], None)
-        logits = self.model.lm_head(hidden)[: len(sampling)]
-        return sample(logits, [chunk.sequence for chunk in sampling], self.rules)
+        logits: Tensor = self.model.lm_head(hidden[: self.cache.bucket(sampling)])[:sampling]
+        return logits
 
-    def _decode(self, ids: Tensor, positions: Tensor, step: Step) -> Tensor:
-        """A step of decoding tokens alone: [B], [B] -> logits [B, V]."""
+    def _with_last(self, ids: Tensor, chunks: Sequence[Chunk]) -> Tensor:
+        """`ids` with the last tokens of decoding sequences, which are on the device."""
+        decoding = [
+            (at, chunk.sequence.slot)
+            for at, chunk in enumerate(chunks)
+            if chunk.start >= chunk.sequence.prompt_length
+        ]
+        if decoding:
+            at, slots = self._upload(np.array(decoding).T.copy())
+            ids.index_copy_(0, at, self._sampler.last[slots])
+        return ids
+
+    def _decode(self, slots: Tensor, positions: Tensor, step: Step) -> Tensor:
+        """A step of decoding tokens alone: the sequences' slots [B], positions [B] -> logits [B, V]."""
+        ids = self._sampler.last[slots]
         logits: Tensor = self.model.lm_head(
             packed_forward(self.model, self._embed(ids)[None], positions[None], Pass(step))
         )
@@ -131,11 +151,9 @@ class ModelRunner:
 
 
 def _token_ids(chunk: Chunk) -> np.ndarray:
-    """int64 ids of a chunk, of the prompt or the last one generated."""
-    sequence = chunk.sequence
-    if chunk.start < sequence.prompt_length:
-        return sequence.request.token_ids[chunk.start : chunk.end].astype(np.int64)
-    return np.array(sequence.generated[-1:], dtype=np.int64)
+    """int64 ids of a chunk of the prompt; 0 for a token that was sampled."""
+    ids = chunk.sequence.request.token_ids[chunk.start : chunk.end].astype(np.int64)
+    return ids if len(ids) else np.zeros(1, np.int64)
 
 
 def _images(sequence: SequenceState) -> list[_Image]:

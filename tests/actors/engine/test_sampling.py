@@ -17,7 +17,7 @@ from transformers import (
 
 from actors.engine import Request, Sampling
 from actors.engine.checkpoint_rules import CheckpointRules
-from actors.engine.sampling import draw, sample, uniform_at
+from actors.engine.sampling import Sampler, draw, uniform_at
 from actors.engine.scheduler import SequenceState
 from actors.families import FAMILIES
 from tests.actors.engine.subjects import Row, subject
@@ -88,14 +88,15 @@ def test_draws_follow_transformers_distribution(
 def test_repetition_penalty_is_transformers(penalty: float, ids: list[int]) -> None:
     logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(len(ids)))
     expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([ids]), logits.clone())
-    sequence = make_sequence(ids, Sampling(repetition_penalty=penalty))
-    neighbour = make_sequence([1, 2], Sampling())
-    found = sample(torch.cat([logits, logits]), [sequence, neighbour], CheckpointRules()).token_ids
+    sequence = make_sequence(ids, Sampling(repetition_penalty=penalty), slot=1)
+    neighbour = make_sequence([1, 2], Sampling(), slot=0)
+    sampler = Sampler(2, CheckpointRules(), torch.device("cpu"))
+    found, _ = sampler(torch.cat([logits, logits]), [sequence, neighbour]).result()
     assert found == [int(expected.argmax()), int(logits.argmax())]
     sequence.generated.append(found[0])
     ids.append(found[0])
     expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([ids]), logits.clone())
-    assert sample(logits, [sequence], CheckpointRules()).token_ids == [int(expected.argmax())]
+    assert sampler(logits, [sequence]).result() == ([int(expected.argmax())], None)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -135,6 +136,6 @@ def test_logprobs_are_the_models(family: str) -> None:
     assert run(engine(family, 3), family, [Row()])[0].logprobs is None
 
 
-def make_sequence(ids: list[int], sampling: Sampling) -> SequenceState:
+def make_sequence(ids: list[int], sampling: Sampling, slot: int) -> SequenceState:
     request = Request(None, np.array(ids, np.int32), np.zeros((0, 3, 1, 1), np.uint8), (), sampling)
-    return SequenceState(request, emit=lambda _: None, placeholders=np.zeros(0, np.int64))
+    return SequenceState(request, lambda _: None, np.zeros(0, np.int64), slot=slot)

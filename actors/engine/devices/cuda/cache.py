@@ -24,6 +24,7 @@ from actors.engine.devices.base import window_mask
 from actors.engine.devices.kv_cache import KVShape, PageAllocator, Pages
 from actors.engine.devices.proof import Path, check_close
 from actors.engine.scheduler import Chunk
+from actors.engine.transfer import upload
 
 PAGE = 256
 """Tokens a page: what the flash kernel's page size must be a multiple of."""
@@ -221,12 +222,6 @@ class PagedStep:
 def slot_of(pages: Sequence[int], positions: np.ndarray) -> np.ndarray:
     """int64: where positions of a sequence lie in the flattened pages."""
     return np.asarray(pages, np.int64)[positions // PAGE] * PAGE + positions % PAGE
-
-
-def upload(values: np.ndarray, device: torch.device) -> Tensor:
-    """Host -> device; pinned, so that the copy does not wait for what the device is doing."""
-    tensor = torch.from_numpy(values)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def attention_paths(

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actors.engine.devices.cuda.cache import PAGE, PagedCache, PagedStep, slot_of
+from actors.engine.devices.cuda.cache import PAGE, PagedCache, PagedStep
 from actors.engine.failures import describe, device_is_lost
 from actors.engine.scheduler import Chunk
 from actors.engine.types import DeviceLost
@@ -26,7 +26,7 @@ from actors.engine.types import DeviceLost
 log = logging.getLogger(__name__)
 
 Decode = Callable[[Tensor, Tensor, PagedStep], Tensor]
-"""ids int64 [B], positions int64 [B] and their step -> logits [B, V]."""
+"""Slots of the sequences int64 [B], positions int64 [B] and their step -> logits [B, V]."""
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 """A call over fixed buffers -> what repeats it, and where its result lies."""
 
@@ -55,25 +55,38 @@ class DecodeGraphs:
 
     def __init__(self, cache: PagedCache, decode: Decode, rows: int, tokens: int, capture: Capture) -> None:
         self.cache, self._decode, self._capture = cache, decode, capture
+        self._scratch = rows
         self.capture_sizes = capture_sizes(rows)
         self._pages = -(-tokens // PAGE)
+        self._tables = np.full((rows, self._pages), cache.spare)
+        """The pages of the sequence in each slot."""
+        self._holders: list[Any] = [None] * rows
         # The largest first: the smaller ones then find room in the memory it left in the pool.
         self._captured = {size: self._at(size) for size in reversed(self.capture_sizes)}
 
-    def __call__(self, chunks: Sequence[Chunk], ids: Sequence[int]) -> Tensor | None:
-        """Logits [R, V] of a step over decoding `chunks` and their last ids; None where no captured size fits."""
+    def __call__(self, chunks: Sequence[Chunk]) -> Tensor | None:
+        """Logits [R, V] of a step over decoding `chunks`; None where no captured size fits."""
         size = next((size for size in self.capture_sizes if size >= len(chunks)), None)
         if size is None or max(chunk.end for chunk in chunks) > self._pages * PAGE:
             return None
         captured = self._captured[size]
-        captured.fill(self.cache, chunks, ids)
+        slots = np.fromiter((chunk.sequence.slot for chunk in chunks), np.int64, len(chunks))
+        starts = np.fromiter((chunk.start for chunk in chunks), np.int64, len(chunks))
+        for chunk, slot in zip(chunks, slots, strict=True):
+            pages = chunk.sequence.reservation
+            if self._holders[slot] is not pages:
+                self._holders[slot] = pages
+                self._tables[slot] = self.cache.spare
+                self._tables[slot, : len(pages.ids)] = pages.ids[: self._pages]
+        captured.fill(slots, starts, self._tables[slots])
         captured.replay()
         return captured.logits[: len(chunks)]
 
     def _at(self, size: int) -> _Captured:
         device, spare = self.cache.device, self.cache.spare
         packed = torch.zeros(4 + self._pages, size, dtype=torch.int64, device=device)
-        ids, positions, slots = packed[0], packed[1], packed[2]
+        rows, positions, slots = packed[0], packed[1], packed[2]
+        rows.fill_(self._scratch)
         slots.fill_(spare * PAGE)
         ends = torch.ones(size, dtype=torch.int32, device=device)
         table = torch.full((size, self._pages), spare, dtype=torch.int32, device=device)
@@ -84,41 +97,36 @@ class DecodeGraphs:
             if self.cache.attention == "flash":
                 step.cu_seq_k[1:].copy_(packed[3].cumsum(0))
             table.copy_(packed[4:].t())
-            return self._decode(ids, positions, step)
+            return self._decode(rows, positions, step)
 
         packed[3].fill_(1)
         packed[4:].fill_(spare)
         replay, logits = self._capture(run)
-        return _Captured(packed, replay, logits, step)
+        return _Captured(packed, replay, logits)
 
 
 class _Captured:
-    """One captured size. Everything a step needs is in one int64 buffer [4 + pages, size]: ids, positions, slots, live
-    tokens, pages; so it travels in one copy."""
+    """One captured size. Everything a step needs is in one int64 buffer [4 + pages, size]: slots of the sequences,
+    positions, slots of the cache, live tokens, pages; so it travels in one copy."""
 
-    def __init__(self, packed: Tensor, replay: Callable[[], None], logits: Tensor, step: PagedStep) -> None:
-        self.packed, self.replay, self.logits, self.step = packed, replay, logits, step
-        pinned = packed.device.type == "cuda"
-        # One is enough: a step ends with its tokens on the host, and so after this copy.
-        self._staging = torch.zeros(packed.shape, dtype=torch.int64, pin_memory=pinned)
+    def __init__(self, packed: Tensor, replay: Callable[[], None], logits: Tensor) -> None:
+        self.packed, self.replay, self.logits = packed, replay, logits
+        padding = packed.cpu()
+        # Two: while one is filled, the other may still be on its way, for a step that has not been waited for.
+        self._staging = [padding, padding.clone()]
+        if packed.device.type == "cuda":
+            self._staging = [each.pin_memory() for each in self._staging]
+        self._padding = padding.numpy().copy()
 
-    def fill(self, cache: PagedCache, chunks: Sequence[Chunk], ids: Sequence[int]) -> None:
-        staging = self._staging.numpy()
-        rows = len(chunks)
-        staging[0, :rows] = ids
-        staging[1, :rows] = [chunk.start for chunk in chunks]
-        staging[2:, :] = cache.spare
-        staging[2] *= PAGE
-        staging[3] = 1
-        for row, chunk in enumerate(chunks):
-            pages = chunk.sequence.reservation.ids[: -(-chunk.end // PAGE)]
-            staging[2, row] = slot_of(pages, np.array([chunk.start]))[0]
-            staging[3, row] = chunk.end
-            staging[4 : 4 + len(pages), row] = pages
-        self.step.spans = [(chunk.start, chunk.end) for chunk in chunks] + [(0, 1)] * (
-            self.packed.shape[1] - rows
-        )
-        self.packed.copy_(self._staging, non_blocking=True)
+    def fill(self, slots: np.ndarray, starts: np.ndarray, tables: np.ndarray) -> None:
+        """int64: slots and positions [R] of the rows, and the pages of each [R, pages]."""
+        self._staging.reverse()
+        staging, rows = self._staging[0].numpy(), len(slots)
+        staging[:, rows:] = self._padding[:, rows:]
+        staging[0, :rows], staging[1, :rows], staging[3, :rows] = slots, starts, starts + 1
+        staging[2, :rows] = tables[np.arange(rows), starts // PAGE] * PAGE + starts % PAGE
+        staging[4:, :rows] = tables.T
+        self.packed.copy_(self._staging[0], non_blocking=True)
 
 
 class CudaCapture:
