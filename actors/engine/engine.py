@@ -63,8 +63,8 @@ class ContinuousEngine:
         use_packed_attention(model)
         device = prepare_device(model.eval(), family, limits, kv_tokens)
         self.cache = device.cache
-        self.record = _record(device, model)
         self.runner = ModelRunner(family, model, device, self.rules)
+        self.record = _record(device, self.runner)
         self.scheduler = Scheduler(device.limits, self._reserve, device.cache.release)
         self._stopper = Stopper(family)
         self._incoming: list[SequenceState] = []
@@ -320,16 +320,18 @@ class ContinuousEngine:
         return True
 
 
-def _record(device: Device, model: PreTrainedModel) -> EngineRecord:
+def _record(device: Device, runner: ModelRunner) -> EngineRecord:
+    choices = {**device.choices, "graphs": runner.graphs}
     record = EngineRecord(
         engine="continuous",
         device=device.name,
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=str(runner.model.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
-        **{part: choice.path for part, choice in device.choices.items()},
-        why=tuple(f"{part}: {choice.why}" for part, choice in device.choices.items() if choice.why),
+        **{part: choice.path for part, choice in choices.items()},
+        why=tuple(f"{part}: {choice.why}" for part, choice in choices.items() if choice.why),
     )
-    log.info("%s", record)
+    paths = ", ".join(f"{part} {choice.path}" for part, choice in choices.items())
+    log.info("continuous engine on %s, %s: %s", record.device, record.dtype, paths)
     return record
 
 

@@ -167,8 +167,8 @@ class LlavaOnevision(Family):
             inputs["pixel_values"] = pad_sequence(
                 [self.normalize(tiles[index]) for index in images], batch_first=True
             )
-            inputs["image_sizes"] = _sizes([layouts[index] for index in images], pixels.device)
-            inputs["batch_num_images"] = torch.tensor([len(images)], device=pixels.device)
+            inputs["image_sizes"] = _sizes([layouts[index] for index in images])
+            inputs["batch_num_images"] = torch.tensor([len(images)])
         videos = [tile for tile, layout in zip(tiles, layouts, strict=True) if layout.frames]
         if videos:  # stock has no way to say videos of different lengths: stack refuses them
             inputs["pixel_values_videos"] = self.normalize_frames(torch.stack(videos))
@@ -194,8 +194,9 @@ class LlavaOnevision(Family):
                 pixel_values=self.normalize(
                     torch.cat([tiles[index] for index in chosen]), vision_dtype(model)
                 ),
-                image_sizes=_sizes([layouts[index] for index in chosen], pixels.device),
-                batch_num_images=torch.tensor(counts, device=pixels.device),
+                # On the host: the model asks for each by itself, and would wait for the device each time
+                image_sizes=_sizes([layouts[index] for index in chosen]),
+                batch_num_images=torch.tensor(counts),
             ).pooler_output
             features |= dict(zip(chosen, encoded, strict=True))
         videos = [index for index, layout in enumerate(layouts) if layout.frames]
@@ -251,5 +252,5 @@ class LlavaOnevision(Family):
         return rows, columns
 
 
-def _sizes(layouts: Sequence[ImageLayout], device: torch.device) -> Tensor:
-    return torch.tensor([layout.size for layout in layouts], dtype=torch.long, device=device)
+def _sizes(layouts: Sequence[ImageLayout]) -> Tensor:
+    return torch.tensor([layout.size for layout in layouts], dtype=torch.long)

@@ -99,6 +99,14 @@ def device_name(device: torch.device) -> str:
     return next(names, platform.processor() or platform.machine())
 
 
+def keep_patches_together(model: nn.Module) -> None:
+    """Makes a vision tower's patches come out one after the other, [tiles, patches, D] without gaps. Otherwise each of
+    its layers adds to and normalises a transposed view."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.data = module.weight.data.to(memory_format=torch.channels_last)
+
+
 def experts_of(model: nn.Module) -> list[nn.Module]:
     """The modules of `model` that hold all experts of a layer, in transformers' fused layout."""
     fused = ("gate_up_proj", "down_proj")

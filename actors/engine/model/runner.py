@@ -19,6 +19,7 @@ from actors.engine.checkpoint_rules import CheckpointRules
 from actors.engine.devices.base import Device, Step
 from actors.engine.devices.cuda.cache import PagedCache
 from actors.engine.devices.cuda.graphs import DecodeGraphs, capture_decoding
+from actors.engine.devices.proof import Choice
 from actors.engine.model.packed import Pass, packed_forward
 from actors.engine.sampling import Sampler, Tokens
 from actors.engine.scheduler import Chunk, SequenceState
@@ -47,9 +48,12 @@ class ModelRunner:
         self._embed = model.get_input_embeddings()
         self._sampler = Sampler(device.limits.sequences, rules, model.device)
         self._graphs: DecodeGraphs | None = None
+        self.graphs = Choice("none")
+        """Whether decoding steps are CUDA graphs."""
         if isinstance(device.cache, PagedCache) and device.cache.attention != "gathered":
+            self._sampler.last.random_(to=self._embed.num_embeddings)
             with torch.inference_mode():
-                self._graphs = capture_decoding(
+                self._graphs, self.graphs = capture_decoding(
                     device.cache, self._decode, device.limits.sequences, family.max_positions
                 )
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from transformers import PreTrainedModel
 
-from actors.engine.devices.base import Device, device_name
+from actors.engine.devices.base import Device, device_name, keep_patches_together
 from actors.engine.devices.cpu import memory
 from actors.engine.devices.cpu.cache import CpuCache, use_image_attention
 from actors.engine.devices.cpu.experts import choose_experts
@@ -26,11 +25,7 @@ def prepare_cpu(
     """See `prepare_device`."""
     memory.keep_freed_memory()
     use_image_attention(model)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            # Patches then come out one after the other, [tiles, patches, D] without gaps. Otherwise every layer of the
-            # tower adds to and normalises a transposed view.
-            module.weight.data = module.weight.data.to(memory_format=torch.channels_last)
+    keep_patches_together(model)
     prepare_layers(model)
     experts = choose_experts(model)
     text = model.config.get_text_config()

@@ -9,8 +9,6 @@ which nothing reads.
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,11 +17,9 @@ import torch
 from torch import Tensor
 
 from actors.engine.devices.cuda.cache import PAGE, PagedCache, PagedStep
-from actors.engine.failures import describe, device_is_lost
+from actors.engine.devices.proof import Choice, Path, check_close, choose
 from actors.engine.scheduler import Chunk
-from actors.engine.types import DeviceLost
-
-log = logging.getLogger(__name__)
+from actors.engine.transfer import upload
 
 Decode = Callable[[Tensor, Tensor, PagedStep], Tensor]
 """Slots of the sequences int64 [B], positions int64 [B] and their step -> logits [B, V]."""
@@ -31,23 +27,22 @@ Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 """A call over fixed buffers -> what repeats it, and where its result lies."""
 
 
-def capture_decoding(cache: PagedCache, decode: Decode, rows: int, tokens: int) -> DecodeGraphs | None:
-    """Graphs for decoding steps of up to `rows` sequences of up to `tokens` tokens; None where they cannot be
-    captured, and the log says why. Raises DeviceLost where the device is gone with the attempt."""
-    begin = time.perf_counter()
-    try:
-        graphs = DecodeGraphs(cache, decode, rows, tokens, CudaCapture())
-    except Exception as error:
-        if device_is_lost(cache.device):
-            raise DeviceLost(describe(error)) from error
-        reason = describe(error).splitlines()[0]
-        log.warning("decoding runs without CUDA graphs, since their capture failed: %s", reason)
-    else:
-        seconds = time.perf_counter() - begin
-        log.info("captured CUDA graphs for decoding %s sequences in %.1f s", graphs.capture_sizes, seconds)
-        return graphs
-    torch.cuda.empty_cache()  # what the graphs before it held
-    return None
+def capture_decoding(
+    cache: PagedCache, decode: Decode, rows: int, tokens: int
+) -> tuple[DecodeGraphs | None, Choice]:
+    """Graphs for decoding steps of up to `rows` sequences of up to `tokens` tokens, each compared with the eager step;
+    None where they cannot be captured or differ. Raises DeviceLost where the device is gone with the attempt."""
+    graphs: list[DecodeGraphs] = []
+
+    def prove() -> None:
+        captured = DecodeGraphs(cache, decode, rows, tokens, CudaCapture())
+        captured.check()
+        graphs.append(captured)
+
+    choice = choose("graphs", [Path(f"up to {rows} sequences", prove), Path("none")], cache.device)
+    if not graphs and cache.device.type == "cuda":
+        torch.cuda.empty_cache()  # what the graphs before it held
+    return (graphs[0] if graphs else None), choice
 
 
 class DecodeGraphs:
@@ -81,6 +76,24 @@ class DecodeGraphs:
         captured.fill(slots, starts, self._tables[slots])
         captured.replay()
         return captured.logits[: len(chunks)]
+
+    def check(self) -> None:
+        """Raises Disagrees where a captured step yields other logits than the eager one. The cache holds nothing
+        yet."""
+        pages = self.cache.spare
+        for cache in (self.cache.keys, self.cache.values):
+            cache[:, :, : 8 + self._scratch // pages].normal_()
+        for size, captured in self._captured.items():
+            rows = np.arange(size)
+            starts = 3 + rows // pages  # no two rows write to one place
+            held = [(int(page),) for page in rows % pages]
+            tables = np.full((size, self._pages), pages)
+            tables[:, 0] = rows % pages
+            captured.fill(rows, starts, tables)
+            captured.replay()
+            step = self.cache.step_over([(start, start + 1) for start in starts.tolist()], held)
+            slots, positions = upload(rows, self.cache.device), upload(starts, self.cache.device)
+            check_close(captured.logits, self._decode(slots, positions, step), f"at {size} sequences")
 
     def _at(self, size: int) -> _Captured:
         device, spare = self.cache.device, self.cache.spare

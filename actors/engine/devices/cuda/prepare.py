@@ -6,7 +6,7 @@ from typing import cast
 
 from transformers import PreTrainedModel
 
-from actors.engine.devices.base import Device, device_name
+from actors.engine.devices.base import Device, device_name, keep_patches_together
 from actors.engine.devices.cuda import memory
 from actors.engine.devices.cuda.cache import Attention, PagedCache, attention_paths
 from actors.engine.devices.cuda.experts import choose_experts
@@ -24,6 +24,7 @@ def prepare_cuda(
     model: PreTrainedModel, family: Family, limits: Limits | None, kv_tokens: int | None
 ) -> Device:
     """See `prepare_device`."""
+    keep_patches_together(model)
     experts = choose_experts(model)
     layers = prepare_layers(model)
     text = model.config.get_text_config()
