@@ -33,7 +33,12 @@ from pipeline.ledger.entries import RowStats
 from pipeline.ledger.job_input import listed_input, recognised, refuse_recaption, remember
 from pipeline.ledger.journal import Journal
 from pipeline.ledger.ledger import JOURNAL, RETRY, Ledger
-from pipeline.ledger.overlap import refuse_long_names, refuse_other_dataset, refuse_overlap
+from pipeline.ledger.overlap import (
+    refuse_long_names,
+    refuse_nested_names,
+    refuse_other_dataset,
+    refuse_overlap,
+)
 from pipeline.ledger.retry import failed_rows, merge_retried
 from pipeline.ledger.state import Plan, Published, Standing, Verification
 from pipeline.run.checkpoint import check_checkpoint, check_model_path, moved, pinned
@@ -133,6 +138,7 @@ def _look_at(spec: JobSpec, show: Display) -> _Ground:
     found = listed_input(spec, ledger)
     refuse_overlap(spec, found)
     refuse_long_names(spec, found)
+    refuse_nested_names(spec, found)
     kept = job_schema(spec, found.shards)
     check_model_path(spec)
     spec = pinned(spec, ledger.bound_fields())

@@ -16,15 +16,15 @@ from torch import Tensor
 
 from actors.errors import RowError
 from actors.images.formats import DEFAULT_FORMATS
-from actors.images.opening import open_image
+from actors.images.opening import MAX_SIDE, open_image
 
 
 def decode(data: bytes, max_pixels: int, formats: Sequence[str] = DEFAULT_FORMATS) -> Tensor:
     """Decode the first frame of `data` to uint8 `[3, H, W]`.
 
-    The size is checked in the header, before any pixel is decoded. Raises RowError: "too_large" above `max_pixels`,
-    "decode" for a format that is not among `formats` (names of images/formats.py) and for anything that is empty,
-    truncated, corrupt, not an image, or made to be slow (images/opening.py).
+    The size is checked in the header, before any pixel is decoded. Raises RowError: "too_large" above `max_pixels`
+    or with a side above `MAX_SIDE`, "decode" for a format that is not among `formats` (names of images/formats.py) and
+    for anything that is empty, truncated, corrupt, not an image, or made to be slow (images/opening.py).
 
     >>> import io; buffer = io.BytesIO(); Image.new("L", (5, 2), 7).save(buffer, "PNG")
     >>> tuple(decode(buffer.getvalue(), 100).shape)
@@ -61,6 +61,9 @@ def _pixels(data: bytes, max_pixels: int, formats: Sequence[str]) -> NDArray[np.
         if width * height > max_pixels:
             size = f"{width} x {height} = {width * height} pixels"
             raise RowError("too_large", f"the image is {size}, above max_pixels={max_pixels}")
+        if max(width, height) > MAX_SIDE:
+            message = f"the image is {width} x {height} pixels, and no side may have more than {MAX_SIDE:,}"
+            raise RowError("too_large", message)
         return np.array(to_rgb(image))
 
 

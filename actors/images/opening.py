@@ -1,10 +1,10 @@
 """Opens images that come from strangers: of allowed formats only, and not those made to be slow.
 
 A decoder in C can be neither interrupted nor timed. So the work is bounded before it begins, by what a file says of
-itself and always with the same answer: its format, its pixels, a JPEG's scans and a PNG's colour profiles. What is
-left costs time in proportion to the pixels of the first frame and to the file's bytes (`limits.max_image_bytes`), at
-worst a second a MiB. A timer would need a process an image, and on a busy machine it would refuse what it lets
-through on an idle one.
+itself and always with the same answer: its format, its pixels and sides (images/decode.py), a JPEG's scans and a PNG's
+colour profiles. What is left costs time in proportion to the pixels of the first frame and to the file's bytes
+(`limits.max_image_bytes`), at worst a second a MiB. A timer would need a process an image, and on a busy machine it
+would refuse what it lets through on an idle one.
 """
 
 import io
@@ -20,6 +20,9 @@ from actors.images.formats import PILLOW, format_of
 # encoders write 3 to 14; 100 take 1.4 s for 10 Mpixel, and are also what libtiff allows a JPEG within a TIFF.
 MAX_SCANS = 100
 _START_OF_SCAN = b"\xff\xda"
+# What a JPEG or a GIF can have at most. A resize widens all rows before it takes them together, so 2 x 1,250,000 pixels
+# (a PNG of 4 kB) on the way to 384 x 384 take 2 GB and 3 s, 300 times what a square of as many takes.
+MAX_SIDE = 65_535
 MAX_PROFILES = 100  # in a PNG, which may have one; Pillow inflates each, up to 1 MiB
 _MARKER = re.compile(rb"\xff([^\x00\xff])")  # stuffed zeros and fill bytes are data
 

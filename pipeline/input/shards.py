@@ -86,7 +86,8 @@ class Input:
 
     `root` is where names begin; `roots` are the folders that the entries of input.path name; `outputs` the folders
     below them with captions of Tessera's own, which are passed over. All are URLs. `touched` names the shards whose
-    file is another version with the content of an earlier one, as reading them has shown (ledger/job_input.py).
+    file is another version with the content of an earlier one, as reading them has shown, or as their size suggests
+    (ledger/job_input.py).
     """
 
     shards: tuple[Shard, ...]

@@ -23,7 +23,7 @@ from pipeline.input.versions import content_digest
 from pipeline.storage.storage import Storage
 
 INPUT = "_tessera/input"
-_FIELDS = {"name", "fingerprint", "size", "content", "versions"}
+_FIELDS = {"name": str, "fingerprint": str, "size": int, "content": str, "versions": list}
 
 
 def record_content(storage: Storage, shard: Shard) -> None:
@@ -48,8 +48,10 @@ def known_version(storage: Storage, shard: Shard, read: bool) -> tuple[Shard, bo
     if not record or record["size"] != shard.size:
         return shard, False
     same = replace(shard, fingerprint=record["fingerprint"])
-    if shard.version in record["versions"] or not read:
+    if shard.version in record["versions"]:
         return same, False
+    if not read:
+        return same, True
     return (same, True) if content_digest(shard) == record["content"] else (shard, False)
 
 
@@ -75,7 +77,11 @@ def _record(storage: Storage, shard: Shard) -> dict[str, Any]:
     """The record of the shard's name; empty where there is none, or a damaged one."""
     with suppress(FileNotFoundError, ValueError):
         record = json.loads(storage.read(_path(shard)))
-        if isinstance(record, dict) and set(record) == _FIELDS:
+        if (
+            isinstance(record, dict)
+            and set(record) == set(_FIELDS)
+            and all(isinstance(record[name], kind) for name, kind in _FIELDS.items())
+        ):
             return record
     return {}
 

@@ -101,7 +101,7 @@ def sealed_file(shard: Shard, tables: Sequence[pa.Table], places: np.ndarray) ->
             digests += row_digests(group)
             writer.write_table(group, row_group_size=group.num_rows)
         entry = Entry(shard.fingerprint, RowSet.span(shard.rows), RowStats.total(stats), tuple(digests))
-        write_entries(writer, {shard.name: entry})
+        write_entries(writer, {shard.name: entry}, file.tell())
     return file.getvalue(), entry.stats
 
 

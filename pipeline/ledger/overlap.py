@@ -1,4 +1,4 @@
-"""Refusals of an output.path that is the input's own folder, another dataset's output, or too long for its names.
+"""Refusals of an output.path that is the input's own folder, another dataset's output, or cannot hold its names.
 
 Why: captions written where the input lies are input of every job to come, and a sealed shard could replace the very
 file it was made from. A forgotten output.path would mix two datasets in one output, and where shards of both have the
@@ -60,6 +60,26 @@ def refuse_long_names(spec: JobSpec, found: Input) -> None:
                 + (f", {_PART_BYTES} between two slashes" if is_local(filesystem) else "")
                 + "); choose a shorter output.path, or shorten the shard's name"
             )
+
+
+def refuse_nested_names(spec: JobSpec, found: Input) -> None:
+    """Raises SpecError where an output on a disk would need a name for a shard's file and for a folder of others'.
+
+    A bucket may hold a.parquet and a.parquet/b.parquet; a disk tells when the second is to be sealed, captioned.
+    """
+    filesystem, _ = open_filesystem(spec.output.path)
+    if not is_local(filesystem):
+        return
+    urls = {output_name(shard.name): shard.url for shard in found.shards}
+    for shard in found.shards:
+        parts = output_name(shard.name).split("/")
+        for folder in ("/".join(parts[:depth]) for depth in range(1, len(parts))):
+            if folder in urls:
+                raise SpecError(
+                    f"output.path: {spec.output.path} is on a disk, where data/{folder} cannot be the captions of "
+                    f"{urls[folder]} and a folder with those of {shard.url}; rename one of them, or set output.path "
+                    "to an object store"
+                )
 
 
 def refuse_other_dataset(spec: JobSpec, found: Input, ledger: Ledger) -> None:

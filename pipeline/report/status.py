@@ -1,5 +1,7 @@
 """How far a job is, for people: from its files alone, from any machine, while it runs or not."""
 
+from collections.abc import Sequence
+
 from pipeline.ledger.damage import failed_shards
 from pipeline.ledger.job_input import listed_input, recognised
 from pipeline.ledger.ledger import Ledger
@@ -44,13 +46,22 @@ def status(spec: JobSpec) -> str:
     holder = holder_of(ledger.storage)
     lines.append(f"  lease: {_held(holder)}" if holder else "  lease: free")
     lines += [f"  {note}" for note in (*found.notes(), *notes_of(plan.foreign))]
-    if plan.changed:
-        names = ", ".join(plan.changed[:3]) + (", ..." if len(plan.changed) > 3 else "")
+    if found.touched:
         lines.append(
-            f"  note: {len(plan.changed):,} shards changed in the input since they were captioned: {names}"
+            f"  note: {len(found.touched):,} shards have other files than were captioned, as long as those were; "
+            f"`tessera verify` and the next run compare them: {_first(found.touched)}"
+        )
+    if plan.changed:
+        lines.append(
+            f"  note: {len(plan.changed):,} shards changed in the input since they were captioned: "
+            f"{_first(plan.changed)}"
         )
     lines += [f"  problem: {problem}" for problem in plan.problems]
     return "\n".join(lines)
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _held(holder: Holder) -> str:

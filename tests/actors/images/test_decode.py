@@ -14,6 +14,7 @@ from torch import Tensor
 
 from actors.errors import RowError
 from actors.images.decode import decode
+from actors.images.opening import MAX_SIDE
 
 LIMIT = 178_956_970
 
@@ -175,3 +176,12 @@ def test_the_limit_may_exceed_pillows(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_errors_pickle() -> None:
     error = pickle.loads(pickle.dumps(RowError("too_large", "message")))
     assert (error.kind, error.message, str(error)) == ("too_large", "message", "message")
+
+
+@pytest.mark.parametrize("size", [(1, MAX_SIDE + 1), (MAX_SIDE + 1, 2)])
+def test_a_picture_like_a_thread_is_too_large(size: tuple[int, int]) -> None:
+    """A few kilobytes of it would take gigabytes to resize."""
+    with pytest.raises(RowError, match="no side may have more than 65,535") as caught:
+        decode(encoded(Image.new("L", size), "PNG"), LIMIT)
+    assert caught.value.kind == "too_large"
+    assert decode(encoded(Image.new("L", (MAX_SIDE, 1)), "PNG"), LIMIT).shape == (3, 1, MAX_SIDE)

@@ -1,5 +1,6 @@
 """Content records: a touched, copied or newly encrypted file is the same shard; one that changed never is."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,8 +100,10 @@ def test_where_there_is_no_record_a_changed_shard_is_one(place: Storage) -> None
     assert known_version(output(place), after, read=True) == (after, False)
     record_content(output(place), after)
     (record,) = output(place).list(INPUT)
-    output(place).put_atomic(record.path, b"{")
-    assert known_version(output(place), after, read=True) == (after, False)
+    whole = json.loads(output(place).read(record.path))
+    for damaged in (b"{", b"[]", *(json.dumps({**whole, name: None}).encode() for name in whole)):
+        output(place).put_atomic(record.path, damaged)
+        assert known_version(output(place), after, read=True) == (after, False)
     remember_version(output(place), after)
 
 

@@ -14,6 +14,7 @@ from pipeline.input.shards import Input, InputError
 from pipeline.ledger.job_input import listed_input, recognised, refuse_recaption, remember
 from pipeline.ledger.ledger import Ledger
 from pipeline.ledger.overlap import refuse_other_dataset
+from pipeline.report.status import status
 from pipeline.spec.job_spec import JobSpec, SpecError, parse_spec
 from pipeline.storage.storage import Storage
 from tests.pipeline.ledgers import captions, run_to_the_end
@@ -105,6 +106,17 @@ def test_touched_shards_are_recognised_once_and_their_captions_stay(root: Path) 
     remember(found, ledger)
     again = recognised(listed_input(spec_of("in"), ledger), ledger)
     assert again.shards == found.shards and not again.touched
+
+
+def test_what_status_does_not_read_it_does_not_vouch_for(root: Path) -> None:
+    captioned("in")
+    assert "have other files" not in status(spec_of("in"))
+    os.utime("in/b/4.parquet")
+    told = "1 shards have other files than were captioned, as long as those were"
+    assert told in status(spec_of("in")) and "b/4.parquet" in status(spec_of("in"))
+    ledger = Ledger("out")
+    remember(recognised(listed_input(spec_of("in"), ledger), ledger), ledger)
+    assert "have other files" not in status(spec_of("in"))
 
 
 def test_a_dataset_that_moved_is_the_same_one(root: Path) -> None:

@@ -12,7 +12,12 @@ import pytest
 from pipeline.dataflow import run
 from pipeline.input.shards import Input, Shard, discover
 from pipeline.ledger.ledger import Ledger
-from pipeline.ledger.overlap import refuse_long_names, refuse_other_dataset, refuse_overlap
+from pipeline.ledger.overlap import (
+    refuse_long_names,
+    refuse_nested_names,
+    refuse_other_dataset,
+    refuse_overlap,
+)
 from pipeline.run.progress import Lines
 from pipeline.spec.job_spec import JobSpec, SpecError, parse_spec
 from pipeline.storage.storage import Storage
@@ -113,6 +118,16 @@ def test_names_too_long_for_the_output_are_refused(
     with pytest.raises(SpecError, match=r"output\.path: .* shorten the shard's name") as caught:
         refuse_long_names(spec, found)
     assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("names", [("a.parquet", "a.parquet/b.parquet"), ("x/a", "x/a.parquet/y/b")])
+def test_names_below_each_other_are_refused_on_a_disk(names: tuple[str, str]) -> None:
+    shards = tuple(Shard(name, f"s3://in/{name}", 1, "v", 1, pa.schema([])) for name in names)
+    refuse_nested_names(spec_of("s3://in", "s3://out"), Input(shards))
+    refuse_nested_names(spec_of("s3://in", "out"), Input(shards[1:]))
+    with pytest.raises(SpecError, match=r"output\.path: .* rename one of them") as caught:
+        refuse_nested_names(spec_of("s3://in", "out"), Input(shards))
+    assert all(shard.url in str(caught.value) for shard in shards)
 
 
 def captioned(spec: JobSpec) -> Ledger:
