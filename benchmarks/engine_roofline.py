@@ -9,10 +9,10 @@ a minute apart, and a step that came at the better time exceeded it.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -90,7 +90,8 @@ class Work:
 
     def flops(self, chunk: Chunk) -> float:
         *others, last = self.windows
-        seen = sum(_seen(chunk.start, chunk.end, window) for window in others)
+        kinds = Counter(others)
+        seen = sum(count * _seen(chunk.start, chunk.end, window) for window, count in kinds.items())
         operations = 2 * self.weights * chunk.length
         if chunk.samples:
             seen += _seen(chunk.end - 1, chunk.end, last)
@@ -99,7 +100,12 @@ class Work:
 
     def bytes_of_decoding(self, chunks: Sequence[Chunk]) -> float:
         """Of a step of one token a sequence: the weights once, and the keys and values each sequence sees."""
-        seen = sum(_seen(chunk.end - 1, chunk.end, window) for chunk in chunks for window in self.windows)
+        kinds = Counter(self.windows)
+        seen = sum(
+            count * _seen(chunk.end - 1, chunk.end, window)
+            for chunk in chunks
+            for window, count in kinds.items()
+        )
         a_layer = self.shape.bytes_per_token / self.shape.layers
         return (self.weights + self.last) * self.shape.dtype.itemsize + seen * a_layer
 
@@ -152,7 +158,10 @@ def seconds_of(run: Callable[[], object]) -> float:
 
 def _seen(start: int, end: int, window: int | None) -> int:
     """Keys that tokens [start, end) attend to, together."""
-    return int(np.minimum(np.arange(start + 1, end + 1), window or end).sum())
+    window = window or end
+    growing, full = min(end, window), max(start, window)  # before a window is full, each token sees one more
+    more = (growing * (growing + 1) - start * (start + 1)) // 2 if start < window else 0
+    return more + max(0, end - full) * window
 
 
 def _synchronize() -> None:
