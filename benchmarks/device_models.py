@@ -141,7 +141,8 @@ class ModelBench:
         result = replace(
             self._result(workload, case, best, static),
             prefill_mfu=meter.prefill_mfu(peak),
-            decode_bandwidth=meter.decode_bandwidth(peak),
+            # Which experts a step meets is the router's affair, and so what it reads.
+            decode_bandwidth=None if demand.experts else meter.decode_bandwidth(peak),
             encoding=meter.encoding_share(),
         )
         self.report.say(result.line())

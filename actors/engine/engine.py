@@ -23,6 +23,7 @@ from actors.engine.devices.base import Device
 from actors.engine.devices.prepare import prepare_device
 from actors.engine.failures import describe, is_fatal, is_out_of_memory, row_error, try_apart
 from actors.engine.model.packed import use_packed_attention
+from actors.engine.model.probe import check_packed, stock_states
 from actors.engine.model.runner import ModelRunner
 from actors.engine.prefix import find_prefix_source, prefix_key, shared_tokens
 from actors.engine.reference import complete
@@ -60,9 +61,11 @@ class ContinuousEngine:
         text = model.config.get_text_config()
         self.rules = CheckpointRules.of(model.generation_config, family.eos_token_ids, text.vocab_size)
         check_positions(text)
+        stock = stock_states(model)
         use_packed_attention(model)
         device = prepare_device(model.eval(), family, limits, kv_tokens)
         self.cache = device.cache
+        check_packed(model, device.cache, stock)
         self.runner = ModelRunner(family, model, device, self.rules)
         self.record = _record(device, self.runner)
         self.scheduler = Scheduler(device.limits, self._reserve, device.cache.release)

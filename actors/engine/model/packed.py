@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -50,22 +49,9 @@ class StoreOnly:
         return query.transpose(1, 2)  # of the right shape; nobody reads it
 
 
-@dataclass(frozen=True, slots=True)
-class _NoCache:
-    """Neither stores nor attends: for running the layers once to see what they pass to attention."""
-
-    def store(self, layer: int, key: Tensor, value: Tensor) -> None: ...
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
-        return query.transpose(1, 2)
-
-
 def use_packed_attention(model: PreTrainedModel) -> None:
     """Makes the text model of `model` attend through the `step=` it is called with. Its vision tower keeps its own
     attention. From here on the model belongs to the engine: `generate` would find no step.
-
-    Raises CheckpointError where a layer asks for attention that the steps do not compute (sinks, a soft cap, a mask of
-    its own): one token is run through the layers to see.
     """
     AttentionInterface.register(ATTENTION, _attend)
     model.set_attn_implementation({"text_config": ATTENTION})
@@ -74,10 +60,6 @@ def use_packed_attention(model: PreTrainedModel) -> None:
         raise ValueError(f"{type(model).__name__}: its text model does not take another attention")
     layers = model.model.language_model.layers
     layers[-1] = LastLayer(layers[-1])
-    with torch.inference_mode():
-        embeds = torch.zeros(1, 1, text.hidden_size, dtype=model.dtype, device=model.device)
-        positions = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-        packed_forward(model, embeds, positions, Pass(_NoCache()))
 
 
 def packed_forward(model: PreTrainedModel, embeds: Tensor, positions: Tensor, forward: Pass) -> Tensor:
@@ -150,6 +132,8 @@ def _attend(
     sliding_window: int | None = None,
     **others: object,
 ) -> tuple[Tensor, None]:
+    """Raises CheckpointError where a layer asks for attention that the steps do not compute (sinks, a soft cap, a mask
+    of its own)."""
     others["attention_mask"] = attention_mask
     unknown = [name for name, value in others.items() if value is not None and name not in _HARMLESS]
     if unknown:

@@ -29,8 +29,10 @@ def prepare_cuda(
     layers = prepare_layers(model)
     text = model.config.get_text_config()
     shape, limits = KVShape.of(text, model.dtype), limits or LIMITS
+    _, height, width = family.tile_shape
+    tiles, encoding = memory.encoding_bytes(model, family, max(1, _TILE_PIXELS // (height * width)))
     if kv_tokens is None:
-        fits = memory.cache_bytes(model, limits) // shape.bytes_per_token
+        fits = memory.cache_bytes(model, limits, encoding) // shape.bytes_per_token
         kv_tokens = max(1, min(fits, limits.sequences * family.max_positions))
     modules = model.model.language_model.modules()
     windows = {module.sliding_window for module in modules if hasattr(module, "sliding_window")}
@@ -38,11 +40,10 @@ def prepare_cuda(
     attention = choose("attention", paths, model.device)
     cache = PagedCache(shape, kv_tokens, model.device)
     cache.attention = cast(Attention, attention.path)
-    _, height, width = family.tile_shape
     return Device(
         name=device_name(model.device),
         cache=cache,
         limits=limits,
-        tiles=max(1, _TILE_PIXELS // (height * width)),
+        tiles=tiles,
         choices={"attention": attention, "layers": layers, "experts": experts},
     )

@@ -70,7 +70,12 @@ def asking(family: str, **asked: object) -> PreTrainedModel:
     model = subject(family).own_model()
     second = model.model.language_model.layers[1]
     second.self_attn = Asking(second.self_attn, **asked)
+    model.set_attn_implementation({"text_config": "eager"})  # which takes any keyword
     return model
+
+
+def engine_of(family: str, model: PreTrainedModel) -> ContinuousEngine:
+    return ContinuousEngine(subject(family).family, model)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +83,7 @@ def asking(family: str, **asked: object) -> PreTrainedModel:
 )
 def test_attention_that_the_steps_do_not_compute_is_refused_by_name(keyword: str, value: object) -> None:
     with pytest.raises(CheckpointError, match=rf"Qwen2Attention passes {keyword} .*model\.engine: reference"):
-        use_packed_attention(asking("llava_onevision", **{keyword: value}))
+        engine_of("llava_onevision", asking("llava_onevision", **{keyword: value}))
 
 
 def test_a_mask_of_the_models_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,9 +92,8 @@ def test_a_mask_of_the_models_own_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr("transformers.models.qwen2.modeling_qwen2.create_causal_mask", masked)
     with pytest.raises(CheckpointError, match="attention_mask"):
-        use_packed_attention(subject("llava_onevision").own_model())
+        engine_of("llava_onevision", subject("llava_onevision").own_model())
 
 
 def test_keywords_that_ask_for_nothing_are_taken() -> None:
-    one = subject("aya_vision")
-    ContinuousEngine(one.family, asking("aya_vision", s_aux=None, softcap=None, output_attentions=False))
+    engine_of("aya_vision", asking("aya_vision", s_aux=None, softcap=None, output_attentions=False))
