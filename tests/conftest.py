@@ -23,6 +23,9 @@ hypothesis.settings.load_profile("suite")
 # Threads that spin while they wait for each other would take the cores from other processes' tests.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Whole jobs start a dozen processes each, which need not compile our modules anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 # A new local Ray would turn on token auth and write a token file into the home folder. Set before any import.
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

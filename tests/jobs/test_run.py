@@ -26,7 +26,7 @@ from pipeline.ledger.ledger import Ledger
 from pipeline.spec.job_spec import load_spec
 from tests.blocks import generate_config, picture, preprocess_config, source_block
 from tests.checkpoints import untrained
-from tests.commands import ROOT, Finished, environment, options, settings, tessera
+from tests.commands import ROOT, Finished, environment, fresh_tessera, options, settings, tessera
 
 SPEC = "examples/llava_onevision.yaml"
 COLUMNS = ["caption", "finish_reason", "prompt_tokens", "image_tokens", "generated_tokens", "error"]
@@ -298,7 +298,7 @@ def test_a_full_disk_is_said_in_a_folder_that_has_packages_of_our_names(tmp_path
     (tmp_path / "faults").mkdir()
     (tmp_path / "faults/disk-full").touch()
     write_dataset(tmp_path / "in", rows=3, shards=1, seed=1)
-    done = tessera(
+    done = fresh_tessera(
         "run",
         ROOT / SPEC,
         *options(tmp_path),
@@ -344,7 +344,7 @@ def test_a_checkpoint_that_cannot_be_used_is_refused_before_anything_is_written(
     folder = shutil.copytree(untrained("llava_onevision"), tmp_path / "llava")
 
     def refused(model, code, reason, **network):
-        done = tessera(
+        done = fresh_tessera(
             "run", SPEC, *options(tmp_path, model__path=model), RAY_ADDRESS="127.0.0.1:1", **network
         )
         *phases, told = done.err.splitlines()
