@@ -20,17 +20,24 @@ SEEDS = (1,)
 ROWS = 320
 
 
+@pytest.fixture
+def here(tmp_path) -> Iterator[Ground]:
+    """Two nodes, of which one dies."""
+    with ground(tmp_path / "ground") as two:
+        yield two
+
+
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory) -> Iterator[Ground]:
-    with ground(tmp_path_factory.mktemp("ground")) as here:
-        yield here
+def one_node(tmp_path_factory) -> Iterator[Ground]:
+    with ground(tmp_path_factory.mktemp("ground"), nodes=1) as one:
+        yield one
 
 
 @pytest.fixture
-def here(cluster) -> Iterator[Ground]:
-    """The ground without a fault and without a driver."""
-    yield cluster
-    cluster.calm()
+def alone(one_node) -> Iterator[Ground]:
+    """One node, since a process that starts again on another does not find its predecessor's last words."""
+    yield one_node
+    one_node.calm()
 
 
 @pytest.fixture
@@ -63,7 +70,7 @@ def test_every_row_once_whatever_dies(job, here, tmp_path, seed):
     assert len(left) <= sum(survived.kills.values())
 
 
-def test_rows_that_kill_their_process_become_crash_rows_and_nothing_else_does(here, tmp_path):
+def test_rows_that_kill_their_process_become_crash_rows_and_nothing_else_does(alone, tmp_path):
     places: dict[int, tuple[str, Manner]] = {
         3: ("preprocess", "segfault"),
         40: ("preprocess", "kill"),
@@ -72,7 +79,7 @@ def test_rows_that_kill_their_process_become_crash_rows_and_nothing_else_does(he
     }
     write_poisoned(tmp_path / "in", 64, poisons(places, picture), lambda row: picture(40 + row % 7, 50))
     scene = Scene(str(tmp_path), untrained("llava_onevision"))
-    survived = weather(here, scene.run(), [], seed=0)
+    survived = weather(alone, scene.run(), [], seed=0)
     found, _ = scene.captions()
     crashed = {int(name): row[-1] for name, row in found.items() if "'crash'" in row[-1]}
     assert set(crashed) == set(places) and len(found) == 64
@@ -85,11 +92,11 @@ def test_rows_that_kill_their_process_become_crash_rows_and_nothing_else_does(he
     assert survived.captions <= 62 + 10 * 5 + 30
 
 
-def test_a_model_that_kills_whoever_loads_it_ends_the_job(here, tmp_path):
+def test_a_model_that_kills_whoever_loads_it_ends_the_job(alone, tmp_path):
     write_poisoned(tmp_path / "in", 4, {}, lambda row: picture())
     scene = Scene(str(tmp_path), untrained("llava_onevision"))
-    (here.folder / "no-loading").touch()
-    assert here.start(scene.run()).wait(240) == 1
-    last = here.said().splitlines()[-1]
+    (alone.folder / "no-loading").touch()
+    assert alone.start(scene.run()).wait(240) == 1
+    last = alone.said().splitlines()[-1]
     assert last.startswith("tessera: ") and "generate process died 6 times" in last
     assert "before its first row" in last and "Segmentation fault" in last
