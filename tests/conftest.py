@@ -1,10 +1,12 @@
 """Fixtures for every test: a quiet Ray, and a real HTTP S3 server (moto) in a process of its own."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -130,6 +132,9 @@ def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "--disable-usage-stats",
     ]
     command += [f"--{name}={port}" for name, port in zip(names, ports, strict=True)]
+    # A submitted job joins the cluster that this folder names last. (A path of pytest's is too long for a socket's.)
+    folder = tempfile.mkdtemp(prefix="ray-")
+    command.append(f"--temp-dir={folder}")
     with (tmp_path_factory.mktemp("ray") / "log").open("w") as log:
         head = subprocess.Popen(
             command, env=ray_environment(), stdout=log, stderr=log, start_new_session=True
@@ -144,3 +149,4 @@ def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     finally:
         os.killpg(head.pid, signal.SIGKILL)  # a graceful end takes half a minute
         head.wait(10)
+        shutil.rmtree(folder, ignore_errors=True)
