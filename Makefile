@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install -qq --disable-pip-version-check
 TREE := pipeline actors jobs examples benchmarks tests
 
-.PHONY: help demo test test-jobs test-parts lint format clean
+.PHONY: help demo test test-chaos test-jobs test-parts lint format clean
 
 help:
 	@echo "make demo    toy data, one job per model family, out/demo/report.html"
@@ -18,17 +18,22 @@ demo: $(VENV)/.runtime
 	$(BIN)/python -m examples.demo
 
 test: $(VENV)/.dev
-	@$(MAKE) --no-print-directory --keep-going -j2 test-jobs test-parts
+	@$(MAKE) --no-print-directory --keep-going -j3 test-chaos test-jobs test-parts
 
-# Tests that run whole jobs share Ray clusters and leave a core idle half of the time, so the others run beside them.
-JOBS := tests/chaos tests/examples tests/faults tests/jobs tests/test_readme.py
+# Tests that run whole jobs wait for processes half of the time, so two lanes of them, each with Ray clusters of its own,
+# run beside the other tests.
+CHAOS := tests/chaos tests/examples
+JOBS := tests/faults tests/jobs tests/test_readme.py
+
+test-chaos: $(VENV)/.dev
+	$(BIN)/python -m pytest -q --durations=15 $(CHAOS)
 
 test-jobs: $(VENV)/.dev
 	$(BIN)/python -m pytest -q --durations=15 $(JOBS)
 
 test-parts: $(VENV)/.dev
 	$(BIN)/python -m pytest -q --doctest-modules $(filter-out tests,$(TREE))
-	$(BIN)/python -m pytest -q --durations=15 $(JOBS:%=--ignore=%)
+	$(BIN)/python -m pytest -q --durations=15 $(patsubst %,--ignore=%,$(CHAOS) $(JOBS))
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check $(TREE)

@@ -1,8 +1,13 @@
 """Runs Tessera's commands as a user does: in a process of their own, from the root of the project."""
 
+import functools
+import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +33,32 @@ def environment(**extra: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **extra}
 
 
-def tessera(*arguments: str | Path, timeout: float = 240, cwd: Path = ROOT, **extra: str) -> Finished:
-    """`tessera ARGUMENTS` from the folder `cwd`, with `extra` environment variables."""
+def tessera(*arguments: str | Path, timeout: float = 240, **extra: str) -> Finished:
+    """`tessera ARGUMENTS` from the root of the project, with `extra` environment variables, that no module reads when
+    it is imported: the process is a copy of one that has imported all of them (warm.py)."""
+    server = _warm()
+    assert server.stdin and server.stdout
+    with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
+        command = {
+            "arguments": [*map(str, arguments)],
+            "environment": environment(**extra),
+            "out": out.name,
+            "err": err.name,
+        }
+        server.stdin.write(json.dumps(command) + "\n")
+        server.stdin.flush()
+        pid = int(server.stdout.readline())
+        late = threading.Timer(timeout, os.kill, [pid, signal.SIGKILL])
+        late.start()
+        code = int(server.stdout.readline())
+        late.cancel()
+        done = Finished(code, out.read(), err.read())
+    assert code >= 0, f"ended by signal {-code}, after {timeout:g} s at the latest: {done.err}"
+    return done
+
+
+def fresh_tessera(*arguments: str | Path, timeout: float = 240, cwd: Path = ROOT, **extra: str) -> Finished:
+    """`tessera ARGUMENTS` from the folder `cwd`, with any `extra` environment variables, as a shell starts it."""
     command = [sys.executable, "-c", _MAIN, *map(str, arguments)]
     done = subprocess.run(
         command,
@@ -41,6 +70,19 @@ def tessera(*arguments: str | Path, timeout: float = 240, cwd: Path = ROOT, **ex
         check=False,
     )
     return Finished(done.returncode, done.stdout, done.stderr)
+
+
+@functools.cache
+def _warm() -> subprocess.Popen[str]:
+    """The process of warm.py; it ends with this one, which closes its standard input."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.warm"],
+        cwd=ROOT,
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 def settings(**fields: object) -> list[str]:

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -27,6 +28,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Without a GPU its kernels are run by Triton's interpreter. Asked for before anything imports Triton.
 if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Whole jobs start a dozen processes each, which need not compile our modules anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # A new local Ray would turn on token auth and write a token file into the home folder. Set before any import.
 os.environ["RAY_AUTH_MODE"] = "disabled"
@@ -132,6 +136,9 @@ def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "--disable-usage-stats",
     ]
     command += [f"--{name}={port}" for name, port in zip(names, ports, strict=True)]
+    # A submitted job joins the cluster that this folder names last. (A path of pytest's is too long for a socket's.)
+    folder = tempfile.mkdtemp(prefix="ray-")
+    command.append(f"--temp-dir={folder}")
     with (tmp_path_factory.mktemp("ray") / "log").open("w") as log:
         head = subprocess.Popen(
             command, env=ray_environment(), stdout=log, stderr=log, start_new_session=True
@@ -146,3 +153,4 @@ def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     finally:
         os.killpg(head.pid, signal.SIGKILL)  # a graceful end takes half a minute
         head.wait(10)
+        shutil.rmtree(folder, ignore_errors=True)

@@ -48,6 +48,7 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.timeout(900)
 def test_every_command_works_in_the_order_given(project, dashboard, monkeypatch):
     path = os.pathsep.join([str(project / "bin"), str(BIN), os.environ["PATH"]])
     env = environment(PATH=path, PYTHONPATH=str(project))

@@ -51,6 +51,13 @@ def arm(folder: Path, points: Iterable[Point]) -> None:
         (folder / f"{point}-{uuid.uuid4().hex}").touch()
 
 
+def disarm(folder: Path) -> None:
+    """Takes away every point, `no-loading` and `disk-full`; what was counted stays."""
+    for path in folder.iterdir():
+        if path.name.startswith(("part-", "seal-", "no-loading", "disk-full")):
+            path.unlink()
+
+
 def armed(folder: Path) -> list[str]:
     """The points at which nobody died yet."""
     return sorted(path.name for path in folder.iterdir() if path.name.startswith(("part-", "seal-")))

@@ -66,6 +66,14 @@ class Ground:
         """The driver's exit code, negative for a signal; None while it runs."""
         return self.driver.poll() if self.driver else None
 
+    def calm(self) -> None:
+        """Ends the driver and takes all faults away, so that another job can run here."""
+        if self.driver and self.driver.poll() is None:
+            os.killpg(self.driver.pid, signal.SIGKILL)
+            self.driver.wait()
+        self.driver = None
+        faults.disarm(self.folder)
+
     def kill(self, victim: Victim, dice: random.Random) -> bool:
         """SIGKILLs one process of that kind, if there is one; a killed node is replaced by a new one."""
         if victim == "driver":
@@ -156,9 +164,7 @@ def ground(folder: Path, nodes: int = 2, **extra: str) -> Iterator[Ground]:
             here.add_node()
         yield here
     finally:
-        if here.driver and here.driver.poll() is None:
-            os.killpg(here.driver.pid, signal.SIGKILL)
-            here.driver.wait()
+        here.calm()
         cluster.shutdown()
         for name, value in before.items():
             if value is None:

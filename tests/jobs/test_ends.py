@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -84,24 +83,6 @@ def test_a_stopped_run_publishes_what_is_in_hand_and_the_next_does_the_rest(
     assert done.code == 0 and f"{2016 - kept:,} of them now" in done.out, done.err
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, ray_address) -> Path:
-    """The folder of a job of four rows in two shards that is done."""
-    root = tmp_path_factory.mktemp("finished")
-    write_dataset(root / "in", rows=4, shards=2, seed=1)
-    assert tessera("run", SPEC, *options(root), RAY_ADDRESS=ray_address).code == 0
-    return root
-
-
-@pytest.fixture
-def folder(finished, tmp_path) -> Iterator[Path]:
-    """That folder itself, since an output knows where its input is; afterwards it is as it was."""
-    shutil.copytree(finished, tmp_path / "kept")
-    yield finished
-    shutil.rmtree(finished)
-    shutil.copytree(tmp_path / "kept", finished)
-
-
 def test_one_run_at_a_time(folder):
     out, arguments = folder / "out", options(folder)
     (out / "_SUCCESS").unlink()  # or there is nothing to do, which takes no lease
@@ -177,9 +158,9 @@ def test_another_checkpoint_is_refused_and_a_removed_shard_is_reported(folder):
     out, arguments = folder / "out", options(folder)
     other = tessera("run", SPEC, *options(folder, model__path=untrained("fuyu")))
     assert other.code == 2 and "model.weights" in other.err and "Set output.path to a new folder" in other.err
-    (folder / "in/part-00001.parquet").unlink()
+    (folder / "in/part-00000.parquet").unlink()  # of the three the one with most errors
     for done in (tessera("run", SPEC, *arguments), tessera("status", out), tessera("verify", out)):
-        assert done.code == 0 and "data/part-00001.parquet" in done.out
+        assert done.code == 0 and "data/part-00000.parquet" in done.out
     nowhere = tessera("status", folder / "in")
     assert nowhere.code == 2 and "no output of Tessera's" in nowhere.err
 
@@ -205,13 +186,13 @@ def test_jobs_beside_each_other_wait_for_room_say_so_and_finish(tmp_path, ray_ad
         return [root for root in processes if "waiting for room" in (root / "said").read_text()]
 
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while len(waiting()) < 2:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         stopped, second = waiting()
         processes[stopped].terminate()
-        assert processes.pop(stopped).wait(30) == 5
+        assert processes.pop(stopped).wait(120) == 5
         assert "the same command goes on from there" in (stopped / "said").read_text().splitlines()[-1]
         assert all(process.wait(200) == 0 for process in processes.values())
     finally:
