@@ -180,7 +180,7 @@ def _verify(options: argparse.Namespace) -> int:
             f"{spec.output.path} is not what its input asks for, as said above; `tessera run` does what is missing",
         )
     if len(found.unreadable) > spec.limits.max_failed_shards:
-        return _fail(TOO_MANY_FAILED, shards_told(found.unreadable))
+        return _fail(TOO_MANY_FAILED, f"{shards_told(found.unreadable)}: repair or remove them and run again")
     return OK
 
 

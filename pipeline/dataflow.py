@@ -104,6 +104,7 @@ def retry(spec: JobSpec, kinds: Collection[str], show: Display, take_over: bool 
         merge_retried(job.ledger, ground.shards)  # what a killed retry had done already
         failed = failed_rows(job.ledger, ground.shards, kinds)
         total = sum(len(rows) for _, rows in failed)
+        plan = job.plan()
         if total:
             job.ledger.clear_success()
             job.retry(failed, total)
@@ -112,7 +113,14 @@ def retry(spec: JobSpec, kinds: Collection[str], show: Display, take_over: bool 
         changed = changed_among(shard for shard, _ in failed)
         gone = {shard.name for shard in changed}
         tried = sum(len(rows) for shard, rows in failed if shard.name not in gone)
-        return job.finish(changed, lambda _: {"captioned": tried})
+        before = replace(plan, shards=tuple(state for state in plan.shards if state.shard.name not in gone))
+        return job.finish(
+            changed,
+            lambda stats: {
+                "captioned": tried,
+                "generated_tokens": stats.generated_tokens - before.stats.generated_tokens,
+            },
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,8 @@ DRIVES_RAY = {
 }
 # Distribution -> module, where they differ.
 MODULE_OF = {"pillow": "PIL", "pyyaml": "yaml"}
+# What a declared distribution brings along where it is needed: Triton comes with every CUDA build of torch.
+BROUGHT_ALONG = {"triton"}
 
 
 def modules() -> list[str]:
@@ -125,7 +127,7 @@ def requirements(extra: str | None = None) -> list[Requirement]:
 
 def test_what_is_imported_is_declared():
     declared = {MODULE_OF.get(requirement.name, requirement.name) for requirement in requirements()}
-    assert {(module, root) for module, root in third_party() if root not in declared} == set()
+    assert {(module, root) for module, root in third_party() if root not in declared | BROUGHT_ALONG} == set()
 
 
 def test_everything_declared_is_pinned():
@@ -228,9 +230,8 @@ def test_files_that_the_prose_names_are_there():
 def test_actors_need_what_the_readme_says():
     named = re.search(r"^`actors/` needs ([\w, ]+), but no Ray", README, flags=re.MULTILINE)
     used = {root for module, root in third_party() if is_within(module, "actors")}
-    assert named and {MODULE_OF.get(name, name) for name in re.split(", | and ", named[1])} == used - {
-        "jinja2"
-    }
+    unsaid = {"jinja2", *BROUGHT_ALONG}
+    assert named and {MODULE_OF.get(name, name) for name in re.split(", | and ", named[1])} == used - unsaid
 
 
 def test_the_readmes_tree_has_every_room():

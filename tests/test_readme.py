@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -71,10 +72,14 @@ def test_every_command_works_in_the_order_given(project, dashboard, monkeypatch)
     assert "data:image/" in (project / "out/x.html").read_text()
 
     monkeypatch.chdir(project)
+    (project / "photos/deep").mkdir(parents=True)
+    shutil.copy(ROOT / "examples/toy/scene.png", project / "photos/deep/scene.jpg")
     said = [output(snippet) for snippet in blocks("python")]
-    assert len(said) == 2
-    assert "decode" in said[0]
-    assert said[1] == "a yellow square left of a purple square on a gray background\n"
+    assert len(said) == 3
+    pictures = pq.read_table(project / "images/part-00000.parquet").to_pylist()
+    assert pictures == [{"name": "scene.jpg", "image": (ROOT / "examples/toy/scene.png").read_bytes()}]
+    assert "decode" in said[1]
+    assert said[2] == "a yellow square left of a purple square on a gray background\n"
 
 
 def test_make_has_the_targets_named():

@@ -63,8 +63,8 @@ def _check_image(spec: JobSpec, schema: pa.Schema, shard: str) -> None:
         return
     if spec.input.video is not None and name not in schema.names:
         raise InputError(
-            f"input.image: {shard} has no column {name!r}; {_available(name, schema)}; set input.image to null where "
-            "rows have videos alone"
+            f"input.image: {shard} has no column {name!r}; {available(name, schema.names)}; set input.image to null "
+            "where rows have videos alone"
         )
     found = _type_of(name, "input.image", schema, shard)
     if not _is_image(found):
@@ -122,7 +122,7 @@ def _check_keep(spec: JobSpec, schema: pa.Schema, shard: str) -> None:
 def _type_of(name: str, field: str, schema: pa.Schema, shard: str) -> pa.DataType:
     """The type of a column that the spec's `field` names; InputError where it is missing, or there twice."""
     if name not in schema.names:
-        raise InputError(f"{field}: {shard} has no column {name!r}; {_available(name, schema)}")
+        raise InputError(f"{field}: {shard} has no column {name!r}; {available(name, schema.names)}")
     if len(schema.get_all_field_indices(name)) > 1:
         raise InputError(f"{field}: {shard} has the column {name!r} twice; rename one of them")
     return schema.field(name).type
@@ -177,9 +177,10 @@ def plain_type(found: pa.DataType) -> pa.DataType:
     return found
 
 
-def _available(name: str, schema: pa.Schema) -> str:
-    close = difflib.get_close_matches(name, schema.names, n=1)
-    return f"it has {', '.join(schema.names)}" + (f"; did you mean {close[0]!r}?" if close else "")
+def available(name: str, names: Sequence[str]) -> str:
+    """What a message says of a column that is not there: the names that are, and the nearest."""
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"it has {', '.join(names)}" + (f"; did you mean {close[0]!r}?" if close else "")
 
 
 def _is_list(found: pa.DataType) -> bool:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 _MAGIC = "*?["
+_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 
 
 class InputError(SpecError):
@@ -84,6 +85,11 @@ def outputs_among(filesystem: "AbstractFileSystem", root: str, files: Sequence[F
 
     folders = sorted(suspects)
     return [folder for folder, found in zip(folders, in_parallel(is_output, folders), strict=True) if found]
+
+
+def pictures_in(filesystem: "AbstractFileSystem", folder: str) -> list[str]:
+    """The picture files below a folder, by their names: what is there most often where no parquet file is."""
+    return [info.path for info in list_files(filesystem, folder) if info.path.lower().endswith(_PICTURES)]
 
 
 def _hidden(path: str) -> bool:

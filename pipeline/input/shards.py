@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from pipeline.input.listing import InputError, expand, outputs_among
+from pipeline.input.listing import InputError, expand, outputs_among, pictures_in
 from pipeline.spec.job_spec import InputSpec
 from pipeline.storage.files import FileInfo, in_parallel, is_local, open_filesystem
 from pipeline.storage.footer import NotParquetError, one_line, read_footer
@@ -128,6 +128,11 @@ def discover(source: InputSpec, pinned: str | None = None) -> Input:
         taken = [info for info in found if not info.path.startswith(files_of_own)]
         if not taken:
             why = f"; all there is are captions of Tessera's own, in {own[0]}/data" if own else ""
+            if pictures := pictures_in(filesystem, root):
+                why = (
+                    f"; there are pictures ({pictures[0]} and {len(pictures) - 1:,} more): write them to parquet files "
+                    "first, as the README shows"
+                )
             raise InputError(f"input.path: no parquet files found at {url}{why}")
         filesystems.append(filesystem)
         roots.append(root)
@@ -154,7 +159,8 @@ def discover(source: InputSpec, pinned: str | None = None) -> Input:
         except StorageError:  # storage that fails for minutes says nothing of the file
             raise
         except NotParquetError as error:
-            return FailedShard(name, url, str(error))
+            nowhere = is_local(filesystem) and os.path.islink(info.path) and not os.path.exists(info.path)
+            return FailedShard(name, url, "is a link that leads nowhere" if nowhere else str(error))
         except FileNotFoundError:
             return FailedShard(name, url, "was deleted after it had been listed")
         except (OSError, ValueError, pa.ArrowException) as error:

@@ -31,7 +31,7 @@ from pipeline.input.shards import Shard
 from pipeline.spec.job_spec import InputSpec, JobSpec
 from pipeline.spec.secrets import redacted
 from pipeline.storage.lease import Fence
-from pipeline.storage.storage import Storage
+from pipeline.storage.storage import Storage, StoragePathError
 
 _FETCHES = 16  # concurrent downloads of images given by path; they wait on the network, not on a core
 
@@ -280,6 +280,11 @@ def _fetching(named: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise _Unreadable("fetch", redacted(f"image path {named!r}: no such file beside the shard")) from None
+    except StoragePathError:
+        why = (
+            "leads out of the shard's folder, and images by path are read from there alone: store their bytes"
+        )
+        raise _Unreadable("fetch", redacted(f"image path {named!r} {why}")) from None
     except (OSError, ValueError) as error:
         raise _Unreadable("fetch", redacted(f"image path {named!r}: {error}")) from None
 

@@ -11,6 +11,7 @@ from pipeline.ledger.identity import recorded
 from pipeline.ledger.ledger import SPEC
 from pipeline.spec.job_spec import JobSpec, SpecError, apply_override, load_spec, parse_spec
 from pipeline.spec.secrets import WHERE_THEY_BELONG, holds_credentials
+from pipeline.storage.retrying import with_retries
 from pipeline.storage.storage import Storage
 
 
@@ -25,9 +26,9 @@ def load_job(target: str, overrides: Sequence[str] = ()) -> JobSpec:
     try:
         data = recorded(storage.read(SPEC), source)["spec"]
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise SpecError(
-            f"{target}: is no job spec (.yaml) and no output of Tessera's, for it has no {SPEC}"
-        ) from None
+        there = with_retries(lambda: storage.filesystem.exists(storage.url), f"reading {storage.url}")
+        why = f"it has no {SPEC}" if there else "there is nothing of that name"
+        raise SpecError(f"{target}: is no job spec (.yaml) and no output of Tessera's, for {why}") from None
     data["output"]["path"] = storage.url
     try:
         parse_spec(data, source)

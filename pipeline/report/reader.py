@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from actors.schema import ERROR, IMAGES, READ, ROW, VIDEO
+from pipeline.input.columns import available
 from pipeline.input.rows import RowSet
 from pipeline.input.shards import FailedShard, Shard, output_name
 from pipeline.ledger.job_input import listed_input
@@ -159,7 +160,7 @@ def _read_results(output: Storage, shard: Shard, truth: str | None) -> Iterator[
         parquet = pq.ParquetFile(file)
         known = parquet.schema_arrow.names
         if truth is not None and truth not in known:
-            raise SpecError(f"the output has no column {truth!r} to compare captions with; it has {known}")
+            raise SpecError(f"--truth: the output has no column {truth!r}; {available(truth, known)}")
         columns = [*_RESULTS, *([truth] if truth else [])]
         row = 0
         for batch in parquet.iter_batches(_READ_ROWS, columns=columns):

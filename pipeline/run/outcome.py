@@ -79,7 +79,7 @@ class Outcome:
                 f"{self.errors:,} of {self.rows:,} rows failed ({self.failed_fraction:.1%}), more than "
                 f"limits.max_failed_fraction={limits.max_failed_fraction:g} allows"
             )
-        return "; ".join([*reasons, "all captions are in the output"]) if reasons else None
+        return "; ".join([*reasons, "all captions and errors are in the output"]) if reasons else None
 
     def _result(self) -> str:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.stats.errors.items())

@@ -6,10 +6,20 @@ read as a number.
 """
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
+
+# pydantic's words for what a YAML file holds
+_PLAIN = (
+    (r"a valid dictionary or instance of \w+", "a section, with its fields indented below it"),
+    (r", unable to parse string as .*", ""),
+    (r"a valid tuple", "a list"),
+    (r"a valid string", "text"),
+    (r"[Vv]alue should have at least (\d+) items?.*", r"must have at least \1"),
+)
 
 
 def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -65,7 +75,8 @@ def explain(problem: Mapping[str, Any], model: type[BaseModel]) -> str:
     if kind == "missing":
         return f"{name} is missing; it has no default"
     message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    message = message.replace("a valid dictionary or instance of", "a section of fields like")
+    for theirs, plain in _PLAIN:
+        message = re.sub(theirs, plain, message)
     if "holds credentials" in message:  # never repeat a secret
         return f"{name} {message}"
     if kind == "string_type" and isinstance(problem["input"], int | float | bool):

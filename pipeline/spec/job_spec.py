@@ -285,8 +285,11 @@ def _read_text(path: str) -> str:
 
         with fsspec.open(path, "rt", encoding="utf-8") as file:
             return str(file.read())
+    except IsADirectoryError:
+        raise SpecError(f"{path}: is a folder; name the job spec, a .yaml file") from None
     except (OSError, ImportError, ValueError) as error:
-        raise SpecError(f"{path}: the job spec cannot be read ({error})") from None
+        why = getattr(error, "strerror", None) or error
+        raise SpecError(f"{path}: the job spec cannot be read ({why})") from None
 
 
 def _parse_yaml(text: str, source: str) -> Any:

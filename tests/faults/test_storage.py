@@ -155,10 +155,11 @@ def told(capsys: pytest.CaptureFixture[str], command: str, target: object, page:
 
 
 NOWHERE = {  # there is no output here, and no job: code 2 and why
-    "{tmp}/nothing": "is no job spec (.yaml) and no output of Tessera's",
+    "{tmp}/nothing": "is no job spec (.yaml) and no output of Tessera's, for there is nothing of that name",
+    "{tmp}/in": "is no job spec (.yaml) and no output of Tessera's, for it has no _tessera/spec.json",
     "{tmp}/in/part-00000.parquet": "is no job spec (.yaml) and no output of Tessera's",
     "{tmp}/in/part-00000.parquet/x": "is no job spec (.yaml) and no output of Tessera's",
-    "{tmp}/nothing.yaml": "the job spec cannot be read",
+    "{tmp}/nothing.yaml": "nothing.yaml: the job spec cannot be read (No such file or directory)",
     "": "is no job spec (.yaml) and no output of Tessera's",
     "file:/x": "'file:/x' is neither a path nor a URL: write scheme://",
     "s3:/bucket/x": "'s3:/bucket/x' is neither a path nor a URL: write scheme://",

@@ -146,6 +146,8 @@ def test_error_rows_are_tried_again_and_nothing_else_is_touched(tmp_path, ray_ad
     again = tessera("retry", out, "--only", "fetch,oom", RAY_ADDRESS=ray_address)
     assert again.code == 0 and "1 errors (1 decode); 2 of them now" in again.out, again.err
     after = rows("b.parquet")
+    record = json.loads(max((out / "_tessera/runs").iterdir()).read_text())
+    assert record["generated_tokens"] == sum(int(str(after[n]["generated_tokens"])) for n in (1, 3)) > 0
     assert [row["error"] for row in after] == [None, None, before[2]["error"], None]
     assert [after[n] for n in (0, 2)] == [before[n] for n in (0, 2)]
     assert all(after[n]["caption"] is not None and after[n]["id"] == before[n]["id"] for n in (1, 3))

@@ -215,7 +215,9 @@ def test_damaged_shards_cost_their_rows_and_are_named(tmp_path, ray_address):
     )
     verify = tessera("verify", out)
     assert verify.code == 3 and verify.out.startswith("verified: 64 rows in, 64 rows out\n  unreadable: ")
-    assert f"2 shards failed: {reasons[0]}" in verify.err
+    assert (
+        f"2 shards failed: {reasons[0]}" in verify.err and "repair or remove them and run again" in verify.err
+    )
     assert tessera("report", out, "-o", tmp_path / "page.html").code == 0
     assert "3 shards failed: " in (tmp_path / "page.html").read_text()
     assert tessera("run", SPEC, *arguments, "--set=limits.max_failed_shards=3").code == 0

@@ -247,6 +247,13 @@ def test_a_footer_larger_than_the_first_read(tmp_path: Path) -> None:
 def test_nothing_to_read_is_said(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no parquet files found"):
         names(tmp_path)
+    (tmp_path / "cats").mkdir()
+    for name in ("cats/1.JPG", "2.png", "notes.txt"):
+        (tmp_path / name).touch()
+    with pytest.raises(
+        InputError, match=r"there are pictures \(2.png and 1 more\): write them to parquet files"
+    ):
+        names(tmp_path)
     with pytest.raises(InputError, match="does not exist"):
         names(tmp_path / "nowhere")
     with pytest.raises(InputError, match="no parquet files found"):
@@ -414,6 +421,7 @@ def test_links_that_lead_nowhere_or_up_and_odd_names_cost_themselves_alone(tmp_p
     failed = {shard.name: shard.reason for shard in found.unreadable}
     assert set(failed) == {"gone.parquet", "itself.parquet", "caf\\udce9.parquet"}
     assert "rename it" in failed["caf\\udce9.parquet"]
+    assert failed["gone.parquet"] == failed["itself.parquet"] == "is a link that leads nowhere"
 
 
 def test_links_to_folders_that_hold_each_other_are_followed_once(tmp_path: Path) -> None:

@@ -157,6 +157,10 @@ def test_images_by_path_are_fetched_from_beside_the_shard(tmp_path):
     assert rows[0][IMAGES] == [b"one"]
     for row, path in zip(rows[1:], paths[1:], strict=True):
         assert row[IMAGES] is None and row[ERROR]["kind"] == "fetch" and path in row[ERROR]["message"]
+    assert rows[4][ERROR]["message"] == (
+        "image path '/etc/passwd' leads out of the shard's folder, and images by path are read from there alone: "
+        "store their bytes"
+    )
     assert not any(b"secret" in str(row).encode() for row in rows)
 
 

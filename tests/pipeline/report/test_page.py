@@ -324,6 +324,13 @@ def test_images_by_path_come_from_beside_the_shard_and_nowhere_else(tmp_path: Pa
     assert [card.images[0] is not None for card in found.cards] == [True, False, False, False]
 
 
+def test_a_truth_that_is_no_column_is_told_with_those_that_are(tmp_path: Path):
+    with pytest.raises(
+        SpecError, match="--truth: the output has no column 'truht'; it has truth, .*did you mean 'truth'"
+    ):
+        read_section(write_job(tmp_path, shards=1, rows=4), truth="truht")
+
+
 def test_a_running_job_shows_what_is_sealed(tmp_path: Path):
     spec = write_job(tmp_path, shards=3, rows=8)
     (tmp_path / "out" / "data" / "deep" / "part-1.parquet").unlink()

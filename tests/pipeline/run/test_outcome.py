@@ -34,12 +34,13 @@ def test_what_failed_beyond_the_limits_is_one_sentence():
     assert outcome(failed=2).failure(LimitsSpec(max_failed_shards=2)) is None
     assert outcome(failed=2).failure(LimitsSpec(max_failed_shards=1)) == (
         "2 shards failed: /in/0.parquet is empty (0 bytes), /in/1.parquet is empty (0 bytes); that is more than "
-        "limits.max_failed_shards=1 allows: repair or remove them and run again; all captions are in the output"
+        "limits.max_failed_shards=1 allows: repair or remove them and run again; all captions and errors are in "
+        "the output"
     )
     changed = (FailedShard("a.parquet", "/in/a.parquet", CHANGED),)
     assert replace(outcome(), failed=changed).failure(LimitsSpec()) == (
         "1 shard failed: /in/a.parquet changed while it was read, and the same command captions it anew; that is more "
-        "than limits.max_failed_shards=0 allows; all captions are in the output"
+        "than limits.max_failed_shards=0 allows; all captions and errors are in the output"
     )
     both = outcome(failed=5).failure(LimitsSpec(max_failed_fraction=0.01))
     assert both and "/in/2.parquet is empty (0 bytes) and 2 more; that" in both

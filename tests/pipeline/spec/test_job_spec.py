@@ -93,7 +93,11 @@ def test_overrides(tmp_path: Path) -> None:
         ("resources.generate.gpu", 1, ["did you mean resources.generate.gpus?"]),
         ("zzz", 1, ["unknown field zzz", "the spec has name, input, prompt"]),
         ("generation.top_p", 1.5, ["generation.top_p", "less than or equal to 1", "found 1.5"]),
-        ("generation.max_new_tokens", "many", ["generation.max_new_tokens", "valid integer", "'many'"]),
+        (
+            "generation.max_new_tokens",
+            "many",
+            ["generation.max_new_tokens: must be a valid integer; found 'many'"],
+        ),
         ("generation.max_new_tokens", True, ["generation.max_new_tokens", "must be a number", "True"]),
         ("generation.temperature", float("nan"), ["generation.temperature", "found nan"]),
         ("model.revision", 1234567, ["model.revision", "put it in quotes", "1234567"]),
@@ -103,8 +107,11 @@ def test_overrides(tmp_path: Path) -> None:
         ("resources.generate.replicas", 0, ["resources.generate.replicas", "at least 1"]),
         ("resources.generate.gpus", 1.5, ["resources.generate.gpus", "whole number"]),
         ("generation", None, ["generation", "found nothing"]),
+        ("model", "a/b", ["model: must be a section, with its fields indented below it; found 'a/b'"]),
+        ("generation.stop", None, ["generation.stop: must be a list; found nothing"]),
+        ("output.path", None, ["output.path: must be text; found nothing"]),
         ("input.max_frames", 0, ["input.max_frames", "greater than or equal to 1", "found 0"]),
-        ("input.path", [], ["input.path", "at least 1"]),
+        ("input.path", [], ["input.path: must have at least 1; found []"]),
         ("input.path", ["a", 3], ["input.path[1]", "found 3"]),
         ("limits.formats", ["png", "jpg"], ["limits.formats", "'jpg' is none of", "jpeg, png, webp"]),
         ("limits.formats", "eps", ["limits.formats", "'eps' is none of"]),
@@ -259,3 +266,8 @@ def test_import_is_light() -> None:
     code = f"import sys, pipeline.spec.job_spec, pipeline.storage.storage; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_a_folder_in_place_of_the_spec_is_told(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="is a folder; name the job spec, a .yaml file"):
+        load_spec(tmp_path)
