@@ -50,6 +50,6 @@ def test_a_grouped_product_that_lies_leaves_the_loop(
     )
     torch.manual_seed(0)
     model = nn.Sequential(AriaGroupedExpertsGemm())
-    choice = choose_experts(model)  # type: ignore[arg-type]
+    choice = choose_experts(model)
     assert choice.path == "loop" and choice.why.startswith("grouped_mm: differed by")
     assert "forward" not in vars(model[0])
