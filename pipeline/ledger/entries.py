@@ -3,16 +3,16 @@
 Why: nothing beside the data may say that a row is done. So each journal part and each sealed shard carries
 its own record in its parquet footer, under the key `tessera`, as JSON:
 
-    {"format": 4, "pages": 4711, "digest": "5a..", "shards":
+    {"digest": "5a..", "format": 4, "pages": 4711, "shards":
         {"a.parquet": {"fingerprint": "0f..", "rows": [[0, 64]], "stats": {..}, "digests": [..]}}}
 
 Statistics stand per shard, so that a part that spans a sealed and an open shard is never counted twice. A sealed
 file has digests of its rows too (digest.py), for verification.
 
 Parquet has checksums for pages (which are written, so that every reader can check them) and none for a footer. So the
-record carries a digest of itself and where the pages end, and a file counts only if pages and footer fill it to the
-byte. (Arrow's own sums over column chunks end the process where a footer is damaged, by an exception that nobody
-catches in C++.)
+record carries a digest of the whole footer, its own place in it taken as zeros, and where the pages end; and a file
+counts only if pages and footer fill it to the byte. (Arrow's own sums over column chunks end the process where a footer
+is damaged, by an exception that nobody catches in C++.)
 """
 
 import io
@@ -29,10 +29,13 @@ import pyarrow.parquet as pq
 
 from actors.schema import ERROR, FINGERPRINT, ROW, SHARD
 from pipeline.input.rows import RowSet
+from pipeline.storage.footer import parse_footer, tail_of
 
 KEY = "tessera"
 FORMAT = 4
 _END = 8  # bytes of a parquet file behind its footer: the footer's length and a mark
+_RECORD = b'{"digest":"'  # how a record begins; nothing behind it in a footer does
+_NO_DIGEST = "0" * 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,23 +131,32 @@ def from_plain(shards: Mapping[str, Any]) -> dict[str, Entry]:
 
 def encode(entries: Mapping[str, Entry], pages: int) -> str:
     """The footer's JSON of a file whose pages end at the byte `pages`; equal entries give equal text."""
-    shards = to_plain(entries)
-    return _json({"format": FORMAT, "pages": pages, "digest": _digest(pages, shards), "shards": shards})
+    record = {"format": FORMAT, "pages": pages, "digest": _NO_DIGEST, "shards": to_plain(entries)}
+    return json.dumps(record, sort_keys=True, separators=(",", ":"))
 
 
-def decode(footer: pq.FileMetaData, size: int) -> dict[str, Entry]:
-    """The entries that the footer of a file of `size` bytes holds; ValueError if it is not one of Tessera's, of another
-    format, or damaged."""
+def signed(file: io.BytesIO) -> bytes:
+    """A written file with the digest of its footer in its record."""
+    with file.getbuffer() as data:
+        tail = tail_of(data)
+        begin, end = _digest_in(tail)
+        data[len(data) - len(tail) + begin : len(data) - len(tail) + end] = _digest(tail).encode()
+    return file.getvalue()
+
+
+def decode(tail: bytes, size: int) -> dict[str, Entry]:
+    """The entries of a file of `size` bytes that ends with `tail` (`read_tail`); ValueError if it is not one of
+    Tessera's, of another format, or damaged."""
+    footer = parse_footer(tail)
     text = (footer.metadata or {}).get(KEY.encode())
     if text is None:
         raise ValueError("was not written by Tessera")
     record = json.loads(text)
     if record["format"] != FORMAT:
         raise ValueError(f"has format {record['format']}, and this Tessera reads format {FORMAT}")
-    pages = record["pages"]
-    if record["digest"] != _digest(pages, record["shards"]):
-        raise ValueError("has a damaged footer: what it says of its rows is not what was written")
-    whole = pages + footer.serialized_size + _END
+    if record["digest"] != _digest(tail):
+        raise ValueError("has a damaged footer: it is not the one that was written")
+    whole = record["pages"] + footer.serialized_size + _END
     if size != whole:
         raise ValueError(f"is damaged: it has {size:,} bytes, and its pages and its footer {whole:,}")
     return from_plain(record["shards"])
@@ -158,7 +170,7 @@ def to_parquet(table: pa.Table, entries: Mapping[str, Entry], statistics: bool) 
         if plain.num_rows:  # datasets fails on a row group of no rows, and reads a file of no row groups
             writer.write_table(plain)
         write_entries(writer, entries, file.tell())
-    return file.getvalue()
+    return signed(file)
 
 
 def parquet_writer(file: BinaryIO, schema: pa.Schema, statistics: bool) -> pq.ParquetWriter:
@@ -173,9 +185,12 @@ def write_entries(writer: pq.ParquetWriter, entries: Mapping[str, Entry], pages:
     writer.add_key_value_metadata({KEY: encode(entries, pages)})
 
 
-def _digest(pages: int, shards: object) -> str:
-    return sha256(_json([pages, shards]).encode()).hexdigest()[:16]
+def _digest(tail: bytes) -> str:
+    begin, end = _digest_in(tail)
+    return sha256(tail[:begin] + _NO_DIGEST.encode() + tail[end:]).hexdigest()[: len(_NO_DIGEST)]
 
 
-def _json(value: object) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+def _digest_in(tail: bytes) -> tuple[int, int]:
+    """Where in a footer its record's digest begins and ends."""
+    begin = tail.rfind(_RECORD) + len(_RECORD)
+    return begin, begin + len(_NO_DIGEST)

@@ -50,7 +50,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from actors.schema import IDENTITY, RESULT_SCHEMA, SHARD
 from pipeline.input.columns import sealed_schema
@@ -63,7 +62,7 @@ from pipeline.ledger.merge import SealError, altered_rows, merged_file, part_row
 from pipeline.ledger.state import Plan, Published, Scan, Verification, plan_of, verification_of
 from pipeline.spec.job_spec import JobSpec, SpecError
 from pipeline.storage.files import FileInfo, in_parallel
-from pipeline.storage.footer import NotParquetError, read_footer
+from pipeline.storage.footer import NotParquetError, parse_footer, read_tail, tail_of
 from pipeline.storage.lease import Fence, LeaseLost
 from pipeline.storage.retrying import MissingBucket
 from pipeline.storage.storage import Storage
@@ -344,15 +343,16 @@ class Ledger:
     def _look(self, info: FileInfo) -> Published | None:
         """The file by its footer; None if it was deleted since it was listed."""
         try:
-            footer = read_footer(self.storage.filesystem, self.storage.full(info.path), info.size)
+            tail = read_tail(self.storage.filesystem, self.storage.full(info.path), info.size)
+            rows = parse_footer(tail).num_rows
         except FileNotFoundError:
             return None
         except NotParquetError as error:
             return Published(info.path, 0, {}, str(error))
         try:
-            return Published(info.path, footer.num_rows, decode(footer, info.size))
+            return Published(info.path, rows, decode(tail, info.size))
         except (ValueError, KeyError, TypeError) as error:
-            return Published(info.path, footer.num_rows, {}, str(error))
+            return Published(info.path, rows, {}, str(error))
 
     def seal_of(self, shard: Shard) -> Entry | None:
         """The shard's sealed entry, straight from the file."""
@@ -375,8 +375,8 @@ def _folder(shard_name: str) -> str:
 def _holds(data: bytes, shard: Shard) -> bool:
     """Whether a part is whole and has rows of this version of a shard."""
     try:
-        entry = decode(pq.read_metadata(pa.BufferReader(data)), len(data)).get(shard.name)
-    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):
+        entry = decode(tail_of(data), len(data)).get(shard.name)
+    except (ValueError, KeyError, TypeError):
         return False
     return entry is not None and entry.fingerprint == shard.fingerprint
 

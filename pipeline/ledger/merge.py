@@ -19,7 +19,7 @@ from actors.schema import ERROR, FINGERPRINT, ROW, SHARD
 from pipeline.input.rows import RowSet
 from pipeline.input.shards import Shard
 from pipeline.ledger.digest import DIGEST_ROWS, row_digests, row_sizes
-from pipeline.ledger.entries import Entry, RowStats, parquet_writer, write_entries
+from pipeline.ledger.entries import Entry, RowStats, parquet_writer, signed, write_entries
 from pipeline.storage.footer import one_line
 from pipeline.storage.retrying import StorageError
 
@@ -102,7 +102,7 @@ def sealed_file(shard: Shard, tables: Sequence[pa.Table], places: np.ndarray) ->
             writer.write_table(group, row_group_size=group.num_rows)
         entry = Entry(shard.fingerprint, RowSet.span(shard.rows), RowStats.total(stats), tuple(digests))
         write_entries(writer, {shard.name: entry}, file.tell())
-    return file.getvalue(), entry.stats
+    return signed(file), entry.stats
 
 
 def altered_rows(file: BinaryIO, sealed: Entry) -> RowSet:

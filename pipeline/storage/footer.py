@@ -24,6 +24,12 @@ class NotParquetError(ValueError):
 
 def read_footer(filesystem: "AbstractFileSystem", path: str, size: int) -> pq.FileMetaData:
     """The metadata of a parquet file of `size` bytes; raises NotParquetError or OSError."""
+    return parse_footer(read_tail(filesystem, path, size))
+
+
+def read_tail(filesystem: "AbstractFileSystem", path: str, size: int) -> bytes:
+    """The last bytes of a parquet file of `size` bytes: its footer, the footer's length and a mark; raises as
+    above."""
     if not size:
         raise NotParquetError("is empty (0 bytes)")
     tail = read_range(filesystem, path, max(0, size - TAIL_BYTES), size)
@@ -34,6 +40,16 @@ def read_footer(filesystem: "AbstractFileSystem", path: str, size: int) -> pq.Fi
         raise NotParquetError("is a damaged parquet file")
     if needed > len(tail):
         tail = read_range(filesystem, path, size - needed, size)
+    return tail[-needed:]
+
+
+def tail_of(data: bytes | memoryview) -> bytes:
+    """The same of a parquet file in memory."""
+    return bytes(data[-int.from_bytes(data[-8:-4], "little") - 8 :])
+
+
+def parse_footer(tail: bytes) -> pq.FileMetaData:
+    """The metadata that `tail` is; raises NotParquetError."""
     try:
         footer = pq.read_metadata(pa.BufferReader(tail))
         groups = [footer.row_group(index).num_rows for index in range(footer.num_row_groups)]
