@@ -82,7 +82,7 @@ def run(spec: JobSpec, show: Display, take_over: bool = False, recaption: bool =
             job.caption(plan)
         show.phase("sealing")
         job.seal_the_rest()
-        merge_retried(job.ledger, ground.shards)
+        merge_retried(job.ledger)
         changed = job.sweep()
         gone = {shard.name for shard in changed}
         before = replace(plan, shards=tuple(state for state in plan.shards if state.shard.name not in gone))
@@ -101,7 +101,7 @@ def retry(spec: JobSpec, kinds: Collection[str], show: Display, take_over: bool 
     spec = ground.spec
     _check_checkpoint(spec, show)
     with _open_job(spec, ground, show, take_over) as job:
-        merge_retried(job.ledger, ground.shards)  # what a killed retry had done already
+        merge_retried(job.ledger)  # what a killed retry had done already
         failed = failed_rows(job.ledger, ground.shards, kinds)
         total = sum(len(rows) for _, rows in failed)
         plan = job.plan()
@@ -109,7 +109,7 @@ def retry(spec: JobSpec, kinds: Collection[str], show: Display, take_over: bool 
             job.ledger.clear_success()
             job.retry(failed, total)
             show.phase("amending sealed shards")
-            merge_retried(job.ledger, ground.shards)
+            merge_retried(job.ledger)
         changed = changed_among(shard for shard, _ in failed)
         gone = {shard.name for shard in changed}
         tried = sum(len(rows) for shard, rows in failed if shard.name not in gone)

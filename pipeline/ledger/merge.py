@@ -8,6 +8,7 @@ near the 2 GiB that Arrow's 32-bit offsets can address.
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import BinaryIO
 
 import numpy as np
@@ -30,7 +31,16 @@ class SealError(RuntimeError):
     """The journal does not hold what sealing a shard takes; nothing was written."""
 
 
-def part_rows(path: str, data: bytes, shard: Shard, schema: pa.Schema) -> pa.Table:
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """What sealing needs to know of a version of a shard; a `Shard` has it too."""
+
+    name: str
+    fingerprint: str
+    rows: int
+
+
+def part_rows(path: str, data: bytes, shard: Shard | Sealed, schema: pa.Schema) -> pa.Table:
     """A part's rows of this version of a shard, as `_row` and the sealed columns. SealError if it is damaged."""
     with damage_told(path):
         table = opened(pa.BufferReader(data)).read(use_threads=False)
@@ -80,7 +90,9 @@ def merged_file(shard: Shard, tables: Sequence[pa.Table], schema: pa.Schema) -> 
     return sealed_file(shard, tables, winning_rows(tables))
 
 
-def sealed_file(shard: Shard, tables: Sequence[pa.Table], places: np.ndarray) -> tuple[bytes, RowStats]:
+def sealed_file(
+    shard: Shard | Sealed, tables: Sequence[pa.Table], places: np.ndarray
+) -> tuple[bytes, RowStats]:
     """The sealed file of a shard and the statistics of its rows, which stand at `places` of `tables` laid end to end.
 
     `tables` have `_row` and the sealed columns. The file proves its rows: SealError unless each row of the shard is

@@ -21,7 +21,7 @@ from actors.schema import ERROR, ROW
 from pipeline.input.rows import RowSet
 from pipeline.input.shards import Shard, output_name
 from pipeline.ledger.ledger import DATA, RETRY, Ledger
-from pipeline.ledger.merge import damage_told, opened, part_rows, sealed_file, winning_rows
+from pipeline.ledger.merge import Sealed, damage_told, opened, part_rows, sealed_file, winning_rows
 from pipeline.storage.files import in_parallel
 
 
@@ -45,27 +45,29 @@ def failed_rows(
     return list(zip(concerned, in_parallel(rows_of, concerned), strict=True))
 
 
-def merge_retried(ledger: Ledger, shards: Sequence[Shard]) -> list[str]:
+def merge_retried(ledger: Ledger) -> list[str]:
     """Merges every part of a retry into its sealed shards, deletes the parts, and returns the shards' names.
 
-    Rows of a shard that is not sealed, or was replaced in the input, are of no use any more.
+    Those of shards that this job does not read are merged too: another one, of more of the input, may have been killed.
+    Rows of a version that is not sealed are of no use any more.
     """
     parts = ledger.retried()
     if not parts:
         return []
     scan = ledger.scan()
-    concerned: list[tuple[Shard, list[str]]] = []
-    for shard in shards:
-        mine = [part.path for part in parts if shard.name in part.entries]
-        if mine and scan.seal_of(shard.name, shard.fingerprint):
-            concerned.append((shard, sorted(mine)))
-    in_parallel(lambda item: _amend(ledger, *item), concerned)
+    concerned: dict[str, tuple[Sealed, list[str]]] = {}
+    for part in sorted(parts, key=lambda part: part.path):
+        for name, entry in part.entries.items():
+            if seal := scan.seal_of(name, entry.fingerprint):
+                sealed = Sealed(name, entry.fingerprint, seal.stats.rows)
+                concerned.setdefault(name, (sealed, []))[1].append(part.path)
+    in_parallel(lambda item: _amend(ledger, *item), list(concerned.values()))
     ledger.storage.delete([part.path for part in parts])
     ledger.storage.delete_empty_folders(RETRY)
-    return [shard.name for shard, _ in concerned]
+    return sorted(concerned)
 
 
-def _amend(ledger: Ledger, shard: Shard, parts: Sequence[str]) -> None:
+def _amend(ledger: Ledger, shard: Sealed, parts: Sequence[str]) -> None:
     path = f"{DATA}/{output_name(shard.name)}"
     while True:
         data, version = ledger.storage.read_version(path)

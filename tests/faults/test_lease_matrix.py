@@ -85,7 +85,7 @@ def seal_b2(ledger: Ledger) -> None:
 
 
 def amend(ledger: Ledger) -> None:
-    merge_retried(ledger, [B])
+    merge_retried(ledger)
 
 
 def sweep(ledger: Ledger) -> None:
@@ -248,6 +248,6 @@ def test_whatever_comes_late_the_successor_comes_to_a_whole_end(tmp_path, kind: 
         rows = [row for start, stop in state.remaining.ranges for row in range(start, stop)]
         ledger.publish(captions(state.shard.name, rows))
     run_to_the_end(ledger, shards, [])
-    merge_retried(ledger, shards)
+    merge_retried(ledger)
     ledger.write_success(ledger.verify(shards))
     assert ledger.succeeded(ledger.plan(shards)) and storage.exists(LEASE)

@@ -41,7 +41,7 @@ def test_rows_that_could_not_be_read_are_tried_again(tmp_path: Path) -> None:
     ledger.seal(SHARDS[1], KEPT)
     assert failed_rows(ledger, SHARDS, ["read"]) == [(SHARDS[1], RowSet.of([2, 3]))]
     ledger.publish(captions("b.parquet", [2, 3]), RETRY)
-    merge_retried(ledger, SHARDS)
+    merge_retried(ledger)
     assert failed_shards(ledger, FOUND, ledger.plan(SHARDS)) == (EMPTY,)
 
 

@@ -356,7 +356,7 @@ def test_law_9_a_mark_that_does_not_count_what_the_files_hold_is_no_mark(ledger:
     ledger.write_success(ledger.verify([B]))
     assert ledger.succeeded(ledger.plan([B])) and not ledger.succeeded(ledger.plan([A, B]))
     ledger.publish(captions(B.name, [1]), RETRY)
-    merge_retried(ledger, [B])
+    merge_retried(ledger)
     assert not ledger.succeeded(ledger.plan([B]))
     ledger.write_success(ledger.verify([B]))
     assert ledger.succeeded(ledger.plan([B]))
@@ -476,7 +476,7 @@ def test_law_11_damage_is_not_sealed(ledger: Ledger, amending: bool) -> None:
     path = "data/sub/b.parquet" if amending else part.path
     ledger.storage.put_atomic(path, silently_damaged(ledger.storage.read(path)))
     before = sealed_bytes(ledger)
-    seal = partial(merge_retried, ledger, [B]) if amending else partial(ledger.seal, B, KEPT)
+    seal = partial(merge_retried, ledger) if amending else partial(ledger.seal, B, KEPT)
     with pytest.raises(SealError, match=rf"^{path} is damaged \(.*\); delete it and run the job again"):
         seal()
     assert sealed_bytes(ledger) == before

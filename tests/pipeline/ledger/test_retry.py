@@ -45,12 +45,12 @@ def test_error_rows_are_replaced_and_every_other_row_stays(ledger: Ledger) -> No
     ledger.publish(captions(A.name, [4], text="second"), RETRY)
     ledger.publish(captions(A.name, [1], failed=[1]), RETRY)
     ledger.publish(captions(A.name, [0], text="second"), RETRY)  # a row that has its caption keeps it
-    assert merge_retried(ledger, [A, B]) == [A.name]
+    assert merge_retried(ledger) == [A.name]
     after = rows(ledger, A.name)
     assert after[4]["caption"] == "second 4" and after[4]["error"] is None
     assert [row for n, row in enumerate(after) if n != 4] == [row for n, row in enumerate(before) if n != 4]
     assert sealed_bytes(ledger)["data/b.parquet"] == bytes_before["data/b.parquet"]
-    assert ledger.retried() == [] and merge_retried(ledger, [A, B]) == []
+    assert ledger.retried() == [] and merge_retried(ledger) == []
     verification = ledger.verify([A, B])
     assert verification.ok and dict(verification.stats.errors) == {"decode": 1}
 
@@ -58,7 +58,7 @@ def test_error_rows_are_replaced_and_every_other_row_stays(ledger: Ledger) -> No
 def test_a_changed_shard_takes_nothing_from_a_retry_of_its_old_version(ledger: Ledger) -> None:
     before = sealed_bytes(ledger)
     ledger.publish(captions(A.name, [4], version="v0", text="second"), RETRY)
-    assert merge_retried(ledger, [A, B]) == [A.name]
+    assert merge_retried(ledger) == []
     assert sealed_bytes(ledger) == before and ledger.retried() == []
 
 
@@ -67,9 +67,9 @@ def test_a_part_that_another_run_published_meanwhile_is_not_deleted_unmerged(led
     ledger.publish(captions(A.name, [4], failed=[4]), RETRY)
     second = captions(A.name, [4], text="second")
     held_up = HeldUpStorage(ledger.storage.url, RETRY, lambda: ledger.publish(second, RETRY))
-    merge_retried(Ledger(held_up), [A, B])
+    merge_retried(Ledger(held_up))
     assert len(ledger.retried()) == len(held_up.held) == 1
-    merge_retried(ledger, [A, B])
+    merge_retried(ledger)
     assert rows(ledger, A.name)[4]["caption"] == "second 4" and ledger.retried() == []
 
 
@@ -84,7 +84,7 @@ def test_killed_anywhere_the_next_one_merges_the_rest(tmp_path: Path) -> None:
         try:
             for table in tables:
                 dying.publish(table, RETRY)
-            merge_retried(dying, [A, B])
+            merge_retried(dying)
         except Killed:
             pass
         for table in tables:  # the retry again: what is merged is not chosen any more, the rest is
@@ -92,7 +92,7 @@ def test_killed_anywhere_the_next_one_merges_the_rest(tmp_path: Path) -> None:
             chosen = failed_rows(ledger, [A, B], ["decode"])
             if any(set(table["_row"].to_pylist()) <= set(r.indices()) for s, r in chosen if s.name == name):
                 ledger.publish(table, RETRY)
-        merge_retried(ledger, [A, B])
+        merge_retried(ledger)
         assert ledger.verify([A, B]).ok
         ends.add(tuple(sorted(sealed_bytes(ledger).items())))
     assert len(ends) == 1
