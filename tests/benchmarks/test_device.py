@@ -52,7 +52,7 @@ def test_each_line_is_in_the_report_and_the_last_is_json(
         assert line["tokens_per_s"] > 0 and line["rows"] == 3
         if line["system"] == "tessera":
             assert line["times_generate"] > 0 and 0 < line["encoding"] < 1
-            assert line["prefill_mfu"] > 0 and line["decode_bandwidth"] > 0
+            assert line["prefill_mfu"] > 0 and line["decode_bandwidth"] is None  # a mixture of experts
     assert sum(row.startswith("| aria | toy |") for row in said.splitlines()) == 4
 
 

@@ -108,7 +108,7 @@ def _poison_engine(module: ModuleType, folder: Path) -> None:
 
     class Deadly:
         def __init__(self, engine: Any) -> None:
-            self.engine = engine
+            self.engine, self.record = engine, engine.record
             self.count = os.open(folder / "captioned", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
         def generate(self, requests: Iterable[Any]) -> Iterator[Any]:
