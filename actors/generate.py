@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from actors import numa
 from actors.attempts import Attempts, Guard, Unwatched
 from actors.engine import Completion, DeviceLost, EngineName, Request, Sampling, build_engine, row_seed
 from actors.families import load_family, load_model
@@ -34,7 +35,7 @@ from actors.schema import (
 @dataclass(frozen=True, slots=True)
 class GenerateConfig:
     """What a Generate actor is built from. `sampling.seed` is the job's; each row derives its own from it. It computes
-    on so many `threads`, or with None on as many as torch takes by itself."""
+    on so many `threads`, of one NUMA node where it can, or with None on as many as torch takes by itself."""
 
     model_path: str
     revision: str | None
@@ -53,8 +54,9 @@ class Generate:
 
     def __init__(self, config: GenerateConfig, attempts: Attempts = _UNWATCHED) -> None:
         self._attempts, self._guard = attempts, Guard(attempts)  # first: a death while loading counts as one
-        # By itself it would go by OMP_NUM_THREADS, which clusters set to anything
         if config.threads is not None:
+            numa.pin(config.threads, numa.nodes())
+            # By itself it would go by OMP_NUM_THREADS, which clusters set to anything
             torch.set_num_threads(config.threads)
         self.config = config
         self.family = load_family(config.model_path, config.revision)

@@ -22,7 +22,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +34,7 @@ from PIL import Image
 
 import actors  # noqa: F401  (hides a torchvision that does not match torch)
 from benchmarks.engine_models import build
+from benchmarks.job_processes import watched
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH, HEIGHT = 640, 480
@@ -43,17 +46,22 @@ SYSTEMS = ("tessera", "script", "engine")
 def main() -> None:
     options = _options()
     seconds: dict[str, list[float]] = {name: [] for name in options.systems.split(",")}
+    cpu: dict[str, Counter[str]] = {}
     with tempfile.TemporaryDirectory(prefix="tessera-job-") as name:
         folder = Path(name)
         write_photographs(folder / "in", options.rows, options.shards)
         write_checkpoint(folder / "checkpoint")
         for _ in range(options.rounds):
             for system in seconds:
-                seconds[system].append(timed(system, folder, options))
+                wall, cpu[system] = timed(system, folder, options)
+                seconds[system].append(wall)
     print(f"{options.rows} rows, {platform.processor() or platform.machine()}, {os.cpu_count()} cores")
     for system, times in seconds.items():
         rates = ", ".join(f"{options.rows / each:.3f}" for each in (min(times), max(times)))
         print(f"{system:8}  {min(times):7.1f} - {max(times):7.1f} s   {rates} rows/s")
+        print(
+            "          CPU s: " + ", ".join(f"{kind} {each:.1f}" for kind, each in cpu[system].most_common())
+        )
     print(
         json.dumps(
             {
@@ -64,13 +72,15 @@ def main() -> None:
                 "rounds": options.rounds,
                 "torch": torch.__version__,
                 "seconds": {system: [round(each, 1) for each in times] for system, times in seconds.items()},
+                "cpu_seconds": {system: dict(used.most_common()) for system, used in cpu.items()},
             }
         )
     )
 
 
-def timed(system: str, folder: Path, options: argparse.Namespace) -> float:
-    """Seconds of one run; of the engine alone, without loading and preprocessing."""
+def timed(system: str, folder: Path, options: argparse.Namespace) -> tuple[float, Counter[str]]:
+    """Seconds of one run, and CPU seconds by kind of process. Those of the engine alone are without loading and
+    preprocessing."""
     out = folder / "out"
     shutil.rmtree(out, ignore_errors=True)
     source, checkpoint = folder / "in", folder / "checkpoint"
@@ -102,17 +112,28 @@ def timed(system: str, folder: Path, options: argparse.Namespace) -> float:
         command = ["-m", module, str(source), str(checkpoint), str(out), PROMPT, str(NEW_TOKENS)]
         tree = ROOT
     began = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=tree,
-        env={**environment, "PYTHONPATH": str(tree)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise SystemExit(f"{system} failed:\n{done.stderr[-3000:]}")
-    return float(done.stdout.splitlines()[-1]) if system == "engine" else time.perf_counter() - began
+    with tempfile.TemporaryFile("w+") as out_file, tempfile.TemporaryFile("w+") as err_file:
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=tree,
+            env={**environment, "PYTHONPATH": str(tree)},
+            stdout=out_file,
+            stderr=err_file,
+        )
+        cpu = watched(process)
+        wall = time.perf_counter() - began
+        printed, complained = (_text(file) for file in (out_file, err_file))
+    if process.returncode:
+        raise SystemExit(f"{system} failed:\n{complained[-3000:]}")
+    if system == "engine":
+        wall, used = (float(each) for each in printed.splitlines()[-1].split())
+        cpu = Counter({"generate": used})
+    return wall, cpu
+
+
+def _text(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read()
 
 
 def write_photographs(folder: Path, rows: int, shards: int) -> None:

@@ -125,7 +125,7 @@ def input_of(rows: int, shards: int) -> list[Shard]:
 
 
 def blocks_of(shard: Shard) -> list[Block]:
-    from pipeline.run.graph import BLOCK_ROWS
+    from pipeline.run.feeding import BLOCK_ROWS
 
     return [(shard, start, min(start + BLOCK_ROWS, shard.rows)) for start in range(0, shard.rows, BLOCK_ROWS)]
 

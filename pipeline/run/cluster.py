@@ -21,6 +21,7 @@ import ray
 from ray._private.state import state as ray_state
 from ray._private.utils import get_num_cpus
 
+from actors import numa
 from pipeline.spec.job_spec import ResourcesSpec
 
 # Logical CPUs beside the actors': reads, block splitting and writes wait on storage more than they compute, so
@@ -78,6 +79,22 @@ def with_generate_cpus(resources: ResourcesSpec, cpus: float) -> ResourcesSpec:
     )
 
 
+def on_machine(resources: ResourcesSpec, cpus: int, nodes: Sequence[int]) -> ResourcesSpec:
+    """`resources` with what the spec leaves open (`with_generate_cpus`) on one machine of so many CPUs, whose NUMA
+    nodes have `nodes` of them: as many replicas on CPUs as it has nodes, if the spec allows, each as large as a node.
+
+    Nodes of which less than half may be used, beside the largest, are no replica's. Nor is any where the job may use
+    fewer `cpus` than the nodes have.
+    """
+    generate = resources.generate
+    usable = [size for size in nodes if 2 * size >= max(nodes)]
+    replicas = min(generate.replicas[1], len(usable))
+    if generate.gpus or generate.cpus is not None or replicas <= generate.replicas[0] or cpus < sum(nodes):
+        return with_generate_cpus(resources, cpus)
+    update = {"replicas": (replicas, generate.replicas[1]), "cpus": float(min(usable))}
+    return resources.model_copy(update={"generate": generate.model_copy(update=update)})
+
+
 def _cpus_beside(resources: ResourcesSpec) -> float:
     """CPUs of the smallest preprocess pool, and of the I/O tasks."""
     return resources.preprocess.replicas[0] * resources.preprocess.cpus + _IO_CPUS
@@ -91,7 +108,7 @@ def connect(resources: ResourcesSpec) -> ResourcesSpec:
     """
     if not ray.is_initialized():
         # A laptop runs the smallest pools even where they outnumber its cores: slower, but it works.
-        local = with_generate_cpus(resources, _threads(_local_cpus()))
+        local = on_machine(resources, _threads(_local_cpus()), [len(cpus) for cpus in numa.nodes().values()])
         _initialise(max(math.ceil(required(local)[0]), _local_cpus() + _IO_CPUS))
         if "RAY_ADDRESS" not in os.environ:
             return local

@@ -33,15 +33,13 @@ from pipeline.run import cluster, placement
 from pipeline.run.checkpoint import model_path
 from pipeline.run.crashes import RayAttempts, watch
 from pipeline.run.failing import AllFailed, all_failed
+from pipeline.run.feeding import BLOCK_ROWS, generate_pool
 from pipeline.run.progress import Progress
 from pipeline.run.sealing import Sealed, Task, seal
 from pipeline.run.session import Session
 from pipeline.run.stages import DrainingPreprocess, PublishingGenerate, Report, reports_in
 from pipeline.spec.job_spec import JobSpec, ResourcesSpec
 from pipeline.storage.lease import Fence
-
-BLOCK_ROWS = 32  # rows of a block, hence of a journal part: a kill costs a few of these
-_BLOCKS_AT_ONCE = 4  # that feed one engine: it stays full while the last rows of a block finish
 
 # One read task yields hundreds of rows a second, many times what a replica captions. Each holds a shard open, and the
 # journal has the parts of open shards: so no more are read at once than are needed.
@@ -88,12 +86,7 @@ def dataset(
             batch_format="pyarrow",
             batch_size=BLOCK_ROWS,
             zero_copy_batch=True,
-            compute=ActorPoolStrategy(
-                min_size=generate.replicas[0],
-                max_size=generate.replicas[1],
-                max_concurrent_calls_per_actor=_BLOCKS_AT_ONCE,
-                enable_true_multi_threading=True,
-            ),
+            compute=generate_pool(generate),
             num_cpus=generate.cpus,
             num_gpus=generate.gpus or None,
         )

@@ -186,7 +186,8 @@ class GenerateResources(_Section):
     """Actors that hold the model: how many [min, max], and GPUs and CPUs for each (gpus: 0 runs on CPU).
 
     `cpus` null: none beside a GPU; without one what the machine has, or what the cluster's largest node has left
-    (pipeline/run/cluster.py). A replica without a GPU computes on so many threads.
+    (pipeline/run/cluster.py); on one machine of several NUMA nodes, a replica a node. A replica without a GPU computes
+    on so many threads.
     """
 
     replicas: Replicas = (1, 8)

@@ -8,6 +8,7 @@ from pipeline.run.cluster import (
     bundles,
     connect,
     fitted,
+    on_machine,
     preflight,
     required,
     with_generate_cpus,
@@ -80,6 +81,35 @@ def test_what_the_autoscaler_may_bring_counts():
 def test_a_replica_leaves_the_others_their_places(nodes, preprocess, cpus):
     open_spec = ResourcesSpec.model_validate({"preprocess": {"cpus": preprocess}, "generate": {"gpus": 0}})
     assert fitted(open_spec, nodes).generate.cpus == cpus
+
+
+@pytest.mark.parametrize(
+    ("nodes", "cpus", "replicas", "result"),
+    [
+        ([32, 32], 64, (1, 8), (2, 32)),  # a replica a socket
+        ([8] * 8, 64, (1, 4), (4, 8)),  # no more than the spec allows
+        ([32, 30], 62, (1, 8), (2, 30)),
+        ([32, 4], 36, (1, 8), (1, 36)),  # a scrap of a node is none
+        ([32, 32], 16, (1, 8), (1, 16)),  # OMP_NUM_THREADS says what the job may use
+        ([32, 32], 64, (2, 2), (2, 32)),
+        ([32, 32], 64, (4, 4), (4, 16)),
+        ([32, 32], 64, (1, 1), (1, 64)),
+        ([2], 2, (1, 8), (1, 2)),
+        ([], 2, (1, 8), (1, 2)),
+        ([2], 2, (3, 3), (3, 1)),
+    ],
+)
+def test_a_machine_of_several_numa_nodes_gets_a_replica_each(nodes, cpus, replicas, result):
+    spec = ResourcesSpec.model_validate({"generate": {"gpus": 0, "replicas": replicas}})
+    generate = on_machine(spec, cpus, nodes).generate
+    assert (generate.replicas[0], generate.cpus) == result
+    assert generate.replicas[1] == replicas[1]
+
+
+def test_nodes_are_no_matter_where_the_spec_or_a_gpu_decides():
+    asked = ResourcesSpec.model_validate({"generate": {"gpus": 0, "cpus": 4}})
+    assert on_machine(asked, 64, [32, 32]) == asked
+    assert on_machine(ResourcesSpec(), 64, [32, 32]) == with_generate_cpus(ResourcesSpec(), 64)
 
 
 def test_a_ray_that_does_not_start_is_told_in_one_sentence(monkeypatch):
