@@ -41,6 +41,8 @@ _Launched = tuple[Sequence[Chunk], Tokens | None]
 
 _IDLE_SECONDS = 5.0
 _SMALLEST_CHUNK = 128
+_CLEAN_STEPS = 512
+"""Steps without running out of memory after which twice as much is tried again; twice as many after each time."""
 
 
 class ContinuousEngine:
@@ -75,6 +77,8 @@ class ContinuousEngine:
         self._thread: Thread | None = None
         self._lost: DeviceLost | None = None
         self._in_flight: list[_Launched] = []
+        self._most, self._most_tiles = device.limits, device.tiles
+        self._clean, self._patience = 0, _CLEAN_STEPS
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Completions as they finish. Safe to call from several threads at once; requests are taken from the iterable
@@ -167,6 +171,7 @@ class ContinuousEngine:
 
     def _step(self) -> None:
         """Schedule, run, postprocess. Where the device computes by itself, what is postprocessed is the step before."""
+        self._grow_again()
         launched = self._run(self._schedule())
         if self.runner.ahead:
             launched, self._in_flight = self._in_flight, launched
@@ -224,7 +229,7 @@ class ContinuousEngine:
                 self._fail(sequence, row_error(error))
 
         if sequences:
-            try_apart(sequences, self.runner.encode, self._recover(lambda _: self._shrink_tiles()), alone)
+            try_apart(sequences, self.runner.encode, self._recover(self._shrink_tiles), alone)
 
     def _run(self, chunks: Sequence[Chunk]) -> list[_Launched]:
         """Launches one step, in several where memory is short. It may be repeated over the same tokens, since it writes
@@ -256,6 +261,7 @@ class ContinuousEngine:
                 raise error
             if not is_out_of_memory(error):
                 return False
+            self._clean = 0
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             return shrink(items)
@@ -299,9 +305,9 @@ class ContinuousEngine:
     def _emit(self, sequence: SequenceState, error: RowError) -> None:
         sequence.emit((sequence, Completion(sequence.request.key, (), None, "error", error)))
 
-    def _shrink_tiles(self) -> bool:
-        if self.runner.tiles <= 1:
-            return False
+    def _shrink_tiles(self, sequences: Sequence[SequenceState]) -> bool:
+        if self.runner.tiles <= 1 or sum(len(each.request.layouts) for each in sequences) <= 1:
+            return False  # an image is encoded whole, however few go together
         self.runner.tiles //= 2
         log.warning("out of memory while encoding images: now %d tiles at once", self.runner.tiles)
         return True
@@ -321,6 +327,25 @@ class ContinuousEngine:
         log.warning("out of memory in a step of %d sequences: now %s", len(chunks), limits)
         self.scheduler.limits = limits
         return True
+
+    def _grow_again(self) -> None:
+        """After many steps without running out of memory: twice what is computed at once, up to what was at first."""
+        limits, tiles = self.scheduler.limits, self.runner.tiles
+        if (limits, tiles) == (self._most, self._most_tiles):
+            return
+        self._clean += 1
+        if self._clean < self._patience:
+            return
+        self._clean, self._patience = 0, 2 * self._patience
+        self.runner.tiles = min(self._most_tiles, 2 * tiles)
+        self.scheduler.limits = replace(
+            limits,
+            sequences=min(self._most.sequences, 2 * limits.sequences),
+            prefill_tokens=min(self._most.prefill_tokens, 2 * limits.prefill_tokens),
+        )
+        log.info(
+            "no lack of memory for long: now %s, %d tiles at once", self.scheduler.limits, self.runner.tiles
+        )
 
 
 def _record(device: Device, runner: ModelRunner) -> EngineRecord:

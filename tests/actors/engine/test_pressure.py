@@ -87,8 +87,27 @@ def test_out_of_memory_while_encoding_shrinks_the_micro_batch(caplog: pytest.Log
     assert "while encoding images" in caplog.text
 
 
+def test_what_was_given_up_for_memory_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.engine.engine._CLEAN_STEPS", 8)
+    limits = Limits(sequences=16, prefill_tokens=600, visual_tokens=4000)
+    engine = fresh(limits)
+    left = [None] * 3  # a neighbour takes the device's memory for a while
+
+    def full(chunks: Sequence[Chunk]) -> bool:
+        return len(chunks) > 2 and bool(left) and left.pop() is None
+
+    fail_when(engine, "step", full, torch.OutOfMemoryError("injected"))
+    rows = [*pool(FAMILY), *pool(FAMILY)]
+    assert_equal(FAMILY, rows, run(engine, FAMILY, rows))
+    shrunk = engine.scheduler.limits
+    for _ in range(4):
+        assert_equal(FAMILY, rows, run(engine, FAMILY, rows))
+    assert shrunk != limits and engine.scheduler.limits == limits
+
+
 def test_an_image_too_large_alone_is_an_oom_row() -> None:
     engine = fresh()
+    tiles = engine.runner.tiles
     fail_when(
         engine,
         "_encode",
@@ -99,6 +118,7 @@ def test_an_image_too_large_alone_is_an_oom_row() -> None:
     found = run(engine, FAMILY, rows)
     assert found[1].error is not None and found[1].error.kind == "oom"
     assert_equal(FAMILY, [rows[0], rows[2]], [found[0], found[2]])
+    assert engine.runner.tiles >= tiles // 4  # by the groups that it stood in, not by its own tries
 
 
 @pytest.mark.parametrize("call", ["encode", "step"])
