@@ -26,6 +26,7 @@ DRIVES_RAY = {
     "pipeline.run.cluster",
     "pipeline.run.graph",
     "pipeline.run.crashes",
+    "pipeline.run.feeding",
     "pipeline.run.placement",
     "pipeline.input.source",
     "pipeline.run.stages",
