@@ -7,6 +7,7 @@ padding, copies or repeated heads. The arena's memory is not touched, and so cos
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ from transformers.masking_utils import sdpa_mask
 from actors.engine.devices.base import window_mask
 from actors.engine.devices.cpu.kernels import AttentionKernel, attention_kernel
 from actors.engine.devices.cpu.layers import bucket
+from actors.engine.devices.cpu.proofs import prove_image_attention
 from actors.engine.devices.kv_cache import Extent, ExtentAllocator, KVShape
+from actors.engine.devices.proof import Choice, Path, choose
 from actors.engine.scheduler import Chunk
 
 _IMAGE_ATTENTION = "tessera_images"
@@ -169,13 +172,21 @@ class CpuStep:
         return self._masks[key]
 
 
-def use_image_attention(model: PreTrainedModel) -> None:
-    """Makes the vision tower of a CPU model, where it has one, attend through the compiled kernel."""
-    if getattr(model.config, "vision_config", None) is None:
-        return
+def use_image_attention(model: PreTrainedModel) -> Choice:
+    """Makes the vision tower of a CPU model, where it has one, attend through the compiled kernel once that has proven
+    itself."""
+    vision = getattr(model.config, "vision_config", None)
+    if vision is None:
+        return Choice("none")
+    heads = vision.num_attention_heads
+    proof = partial(prove_image_attention, heads, vision.hidden_size // heads, model.dtype)
+    choice = choose("attention of images", [Path("compiled", proof), Path("sdpa")], model.device)
+    if choice.path == "sdpa":
+        return choice
     AttentionInterface.register(_IMAGE_ATTENTION, _attend_images)
     AttentionMaskInterface.register(_IMAGE_ATTENTION, sdpa_mask)
     model.set_attn_implementation({"vision_config": _IMAGE_ATTENTION})
+    return choice
 
 
 def _attend_images(

@@ -6,6 +6,9 @@ what is picked is picked explicitly, because the default depends on the transfor
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -13,7 +16,8 @@ from transformers.activations import ACT2FN
 
 from actors.engine.devices.base import experts_of
 from actors.engine.devices.cpu.kernels import ExpertsKernel, experts_can_be_compiled
-from actors.engine.devices.proof import Choice
+from actors.engine.devices.cpu.proofs import prove_experts
+from actors.engine.devices.proof import Choice, Path, choose
 
 EXPERTS = "tessera"
 
@@ -25,16 +29,27 @@ def choose_experts(model: PreTrainedModel) -> Choice:
     experts = experts_of(model)
     if not experts:
         return Choice("none")
-    if all(_can_pack(module) for module in experts) and experts_can_be_compiled():
-        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    choice = choose(
+        "experts", [Path("compiled", partial(_prove, model, experts)), Path("loop")], model.device
+    )
+    if choice.path == "loop":
+        model.set_experts_implementation({"text_config": "eager"})
+        return choice
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-        for module in experts:
-            _pack(module)
-        ALL_EXPERTS_FUNCTIONS.register(EXPERTS, _forward)
-        model.set_experts_implementation({"text_config": EXPERTS})
-        return Choice("compiled")
-    model.set_experts_implementation({"text_config": "eager"})
-    return Choice("eager")
+    for module in experts:
+        _pack(module)
+    ALL_EXPERTS_FUNCTIONS.register(EXPERTS, _forward)
+    model.set_experts_implementation({"text_config": EXPERTS})
+    return choice
+
+
+def _prove(model: PreTrainedModel, experts: Sequence[nn.Module]) -> None:
+    if not all(_can_pack(module) for module in experts):
+        raise NotImplementedError("none for this dtype, layout or activation")
+    if not experts_can_be_compiled():
+        raise NotImplementedError("no C compiler")
+    prove_experts(model, experts[0])
 
 
 def _can_pack(experts: nn.Module) -> bool:

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from actors.engine.devices.proof import Choice, check_close
+
 _FUSED: dict[type, tuple[str, str]] = {
     type(ACT2FN["silu"]): ("swish", ""),
     type(ACT2FN["gelu_pytorch_tanh"]): ("gelu", "tanh"),
@@ -116,25 +118,64 @@ class PackedAttention(nn.Module):
         return self.out_proj(attended.transpose(1, 2).flatten(2)), None
 
 
-def prepare_layers(model: nn.Module) -> None:
+def prepare_layers(model: nn.Module) -> Choice:
     """Replaces the plain float32 linear layers of a frozen CPU model, and blocks made of them, by packed ones, and its
-    norms by quicker ones.
+    norms by quicker ones; each kind and shape once it has computed what the stock module computes.
 
     Other holders of a weight (embeddings tied to the output layer) keep theirs: only then is it in memory twice.
     """
     if not _available():
-        return
+        return Choice("stock", "packed: oneDNN has none of its operators here")
+    verdicts: dict[tuple[object, ...], str] = {}
+    replaced = 0
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if _is_gated_mlp(child):
-                setattr(module, name, PackedGatedMLP(child))
-            elif _is_plain_attention(child):
-                setattr(module, name, PackedAttention(child))
-            elif _is_plain_linear(child):
-                setattr(module, name, PackedLinear(child.weight, child.bias))
-            elif (norm := _NORMS.get(type(child).__name__)) and child.weight.dtype == torch.float32:
-                setattr(module, name, norm(child))
+            build = _replacement(child)
+            if build is None:
+                continue
+            kind = type(child).__name__, *(parameter.shape for parameter in child.parameters())
+            packed = build(child)
+            if kind not in verdicts:
+                verdicts[kind] = _against(packed, child)
+            if not verdicts[kind]:
+                setattr(module, name, packed)
+                replaced += 1
         _fuse_activation(module)
+    why = [f"{kind[0]}: {verdict}" for kind, verdict in verdicts.items() if verdict]
+    if not replaced and not why:
+        return Choice("stock", "packed: only in float32")
+    return Choice("packed" if replaced else "stock", "; ".join(why))
+
+
+def _replacement(child: nn.Module) -> Callable[[Any], nn.Module] | None:
+    if _is_gated_mlp(child):
+        return PackedGatedMLP
+    if _is_plain_attention(child):
+        return PackedAttention
+    if _is_plain_linear(child):
+        return lambda layer: PackedLinear(layer.weight, layer.bias)
+    norm = _NORMS.get(type(child).__name__)
+    return norm if norm and child.get_parameter("weight").dtype == torch.float32 else None
+
+
+def _against(packed: nn.Module, stock: nn.Module) -> str:
+    """What speaks against `packed` in the place of `stock`: nothing where it computes the same."""
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for rows in (1, 7, 64):
+            width = next(stock.parameters()).shape[-1]
+            x = torch.randn(1, rows, width, generator=generator)
+            given = (x, x, x) if isinstance(stock, nn.MultiheadAttention) else (x,)
+            found, exact = (_first(module(*given)) for module in (packed, stock))
+            check_close(found, exact, f"at {rows} rows")
+    except Exception as error:
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ""
+
+
+def _first(output: Any) -> Tensor:
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
 
 
 def _layer_norm(stock: Any) -> nn.Module:
