@@ -9,6 +9,7 @@ emits; where they are missing, layers stay as they are.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, TypeGuard
 
 import torch
@@ -84,8 +85,9 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = stock.weight, stock.variance_epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
-        return (x * squares.div_(x.shape[-1]).add_(self.eps).rsqrt_()).mul_(self.weight)
+        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
+        scale = squares.div_(x.shape[-1]).add_(self.eps).rsqrt_()
+        return (x * scale).to(x.dtype).mul_(self.weight)
 
 
 class PackedAttention(nn.Module):
@@ -119,8 +121,8 @@ class PackedAttention(nn.Module):
 
 
 def prepare_layers(model: nn.Module) -> Choice:
-    """Replaces the plain float32 linear layers of a frozen CPU model, and blocks made of them, by packed ones, and its
-    norms by quicker ones; each kind and shape once it has computed what the stock module computes.
+    """Replaces the plain linear layers of a frozen CPU model in float32 or bfloat16, and blocks made of them, by packed
+    ones, and its norms by quicker ones; each kind and shape once it has computed what the stock module computes.
 
     Other holders of a weight (embeddings tied to the output layer) keep theirs: only then is it in memory twice.
     """
@@ -143,7 +145,7 @@ def prepare_layers(model: nn.Module) -> Choice:
         _fuse_activation(module)
     why = [f"{kind[0]}: {verdict}" for kind, verdict in verdicts.items() if verdict]
     if not replaced and not why:
-        return Choice("stock", "packed: only in float32")
+        return Choice("stock", "packed: oneDNN computes in no such dtype here")
     return Choice("packed" if replaced else "stock", "; ".join(why))
 
 
@@ -155,7 +157,7 @@ def _replacement(child: nn.Module) -> Callable[[Any], nn.Module] | None:
     if _is_plain_linear(child):
         return lambda layer: PackedLinear(layer.weight, layer.bias)
     norm = _NORMS.get(type(child).__name__)
-    return norm if norm and child.get_parameter("weight").dtype == torch.float32 else None
+    return norm if norm and child.get_parameter("weight").dtype in _dtypes() else None
 
 
 def _against(packed: nn.Module, stock: nn.Module) -> str:
@@ -163,8 +165,8 @@ def _against(packed: nn.Module, stock: nn.Module) -> str:
     generator = torch.Generator().manual_seed(0)
     try:
         for rows in (1, 7, 64):
-            width = next(stock.parameters()).shape[-1]
-            x = torch.randn(1, rows, width, generator=generator)
+            weight = next(stock.parameters())
+            x = torch.randn(1, rows, weight.shape[-1], generator=generator).to(weight.dtype)
             given = (x, x, x) if isinstance(stock, nn.MultiheadAttention) else (x,)
             found, exact = (_first(module(*given)) for module in (packed, stock))
             check_close(found, exact, f"at {rows} rows")
@@ -193,7 +195,7 @@ _NORMS: dict[str, Callable[[Any], nn.Module]] = {
 
 
 def _is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    return type(module) is nn.Linear and module.weight.dtype == torch.float32
+    return type(module) is nn.Linear and module.weight.dtype in _dtypes()
 
 
 def _is_gated_mlp(module: nn.Module) -> bool:
@@ -211,7 +213,7 @@ def _is_plain_attention(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
         isinstance(module, nn.MultiheadAttention)
         and module.batch_first
         and module.in_proj_weight is not None  # keys and values as wide as queries
-        and module.in_proj_weight.dtype == torch.float32
+        and module.in_proj_weight.dtype in _dtypes()
         and module.in_proj_bias is not None
         and module.bias_k is None
         and not module.add_zero_attn
@@ -224,6 +226,13 @@ def _fuse_activation(block: nn.Module) -> None:
     if isinstance(layer, PackedLinear) and type(function) in _FUSED:
         layer.then = _FUSED[type(function)]
         block.activation_fn = nn.Identity()
+
+
+@cache
+def _dtypes() -> frozenset[torch.dtype]:
+    """What oneDNN computes in on this machine."""
+    with_bfloat16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return frozenset([torch.float32, *([torch.bfloat16] if with_bfloat16 else [])])
 
 
 def _available() -> bool:

@@ -68,8 +68,8 @@ def prove_experts(model: PreTrainedModel, experts: nn.Module) -> None:
     kernel = ExpertsKernel(experts.get_parameter("gate_up_proj"), down)
     model.set_experts_implementation({"text_config": "eager"})
     for tokens in (1, 37):
-        hidden = torch.randn(tokens, width, generator=generator)
-        shares, chosen = torch.rand(tokens, down.shape[0], generator=generator).topk(2)
+        hidden = torch.randn(tokens, width, generator=generator).to(down.dtype)
+        shares, chosen = torch.rand(tokens, down.shape[0], generator=generator).to(down.dtype).topk(2)
         check_close(kernel(hidden, chosen, shares), experts(hidden, chosen, shares), f"at {tokens} tokens")
 
 

@@ -71,7 +71,7 @@ def test_packed_blocks_compute_the_same(models: tuple[Model, Model], batch: int,
 
 
 def test_other_types_stay_as_they_are() -> None:
-    model = Model(torch.bfloat16)
+    model = Model(torch.float16)
     prepare_layers(model)
     assert [type(child) for child in (model.plain, model.mlp, model.norms[0], model.attention)] == [
         nn.Linear,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from shutil import which
 
 import pytest
 import torch
@@ -102,8 +103,12 @@ def test_without_a_compiler_or_operators_all_runs_in_torch(monkeypatch: pytest.M
     assert_equal("aria", rows, run(engine, "aria", rows))
 
 
-def test_16_bits_say_that_they_leave_the_fast_paths_aside() -> None:
+@pytest.mark.skipif(which("cc") is None, reason="needs a C compiler")
+def test_bfloat16_takes_the_fast_paths_and_float16_says_that_it_does_not() -> None:
     one = subject("aria")
     record = ContinuousEngine(one.family, one.own_model().to(torch.bfloat16)).record
+    assert (record.attention, record.layers, record.experts) == ("compiled", "packed", "compiled")
+    assert not record.why
+    record = ContinuousEngine(one.family, one.own_model().to(torch.float16)).record
     assert (record.attention, record.layers, record.experts) == ("sdpa", "stock", "loop")
-    assert "none in bfloat16" in record.why[0] and "only in float32" in " ".join(record.why)
+    assert "none in float16" in record.why[0] and "no such dtype" in " ".join(record.why)
