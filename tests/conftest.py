@@ -24,6 +24,7 @@ hypothesis.settings.load_profile("suite")
 
 # Threads that spin while they wait for each other would take the cores from other processes' tests.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Without a GPU its kernels are run by Triton's interpreter. Asked for before anything imports Triton.
 if shutil.which("nvidia-smi") is None:
