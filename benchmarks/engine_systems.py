@@ -17,7 +17,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from actors.engine.types import Engine, Request
 from actors.families import Family
 
-STATIC_BATCHES = (4, 8, 16, 32)
+STATIC_BATCHES = {"decode-heavy": (16, 32), "prefill-heavy": (4, 8)}
+"""The sizes of static batches tried, of which the best counts: what was best on every machine so far, and its
+neighbour."""
 
 Run = Callable[[Sequence[Request]], int]
 """Rows in, tokens generated out."""

@@ -350,13 +350,17 @@ class ContinuousEngine:
 
 def _record(device: Device, runner: ModelRunner) -> EngineRecord:
     choices = {**device.choices, "graphs": runner.graphs}
+    why = [f"{part}: {choice.why}" for part, choice in choices.items() if choice.why]
+    model = runner.model
+    if model.config.dtype == torch.float16 and model.dtype == torch.float32:  # load_model's doing
+        why.append("dtype: a CPU has no fast path in float16, and float32 holds the same values")
     record = EngineRecord(
         engine="continuous",
         device=device.name,
-        dtype=str(runner.model.dtype).removeprefix("torch."),
+        dtype=str(model.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
         **{part: choice.path for part, choice in choices.items()},
-        why=tuple(f"{part}: {choice.why}" for part, choice in choices.items() if choice.why),
+        why=tuple(why),
     )
     paths = ", ".join(f"{part} {choice.path}" for part, choice in choices.items())
     log.info("continuous engine on %s, %s: %s", record.device, record.dtype, paths)

@@ -56,7 +56,8 @@ def load_model(
     dtype: "str | torch.dtype" = "auto",
     device: "str | torch.device" = "cpu",
 ) -> "PreTrainedModel":
-    """The checkpoint's stock model, in eval mode on `device`; `dtype` "auto" is the checkpoint's own.
+    """The checkpoint's stock model, in eval mode on `device`; `dtype` "auto" is the checkpoint's own. On a CPU, float16
+    becomes float32, which holds the same values: no CPU path of ours or of torch's is quick in float16.
 
     Raises CheckpointError where the folder lacks some of the model's weights: stock would make them up.
     """
@@ -74,5 +75,7 @@ def load_model(
     if missing := sorted(loading["missing_keys"]):
         raise CheckpointError(f"{path}: {len(missing)} weights are missing, e.g. {missing[0]}")
     model.requires_grad_(False)
+    if str(device) == "cpu" and str(model.dtype) == "torch.float16":
+        model.float()
     moved: PreTrainedModel = model.to(device).eval()
     return moved

@@ -132,12 +132,16 @@ def drive(
         def look_on() -> Progress:
             nonlocal loaded, example
             turn.release_once_placed(spec.resources)
-            loaded = loaded or placement.model_is_loaded()
+            just_loaded = not loaded and placement.model_is_loaded()
+            loaded = loaded or just_loaded
             reports = list(_waiting_in(inbox))
             session.storage_retries += sum(report.storage_retries for report in reports)
             session.engines_ready(report.engine for report in reports if report.engine)
             example = example or next((report.example for report in reports if report.example), "")
-            return replace(look([part for report in reports for part in report.parts]), loaded=loaded)
+            progress = replace(look([part for report in reports for part in report.parts]), loaded=loaded)
+            if just_loaded and not progress.captioned:
+                session.show.phase("captioning the first rows")
+            return progress
 
         def lacking() -> str:
             return placement.lacking(spec.resources, placement.standing(), dead_before)

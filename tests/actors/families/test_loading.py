@@ -242,7 +242,7 @@ def test_load_model_round_trip(build: Callable[[], small.Parts], tmp_path: Path)
     for dtype, expected in (
         ("auto", torch.bfloat16),
         ("float32", torch.float32),
-        (torch.float16, torch.float16),
+        (torch.float16, torch.float32),  # on a CPU
     ):
         model = load_model(path, dtype=dtype)
         assert isinstance(model, model_class) and model.dtype == expected and not model.training

@@ -139,8 +139,8 @@ def _panels(weights: Tensor, columns: int) -> Tensor:
 
 
 def _in_pairs(panels: Tensor) -> Tensor:
-    """bfloat16 [E, panels, K, columns] -> [E, panels, K / 2, columns, 2], where K is padded to a multiple of 32; float32
-    stays."""
+    """bfloat16 [E, panels, K, columns] -> [E, panels, K / 2, columns, 2], K padded to a multiple of 32. float32 stays
+    as it is."""
     if panels.dtype == torch.float32:
         return panels
     padded = F.pad(panels, (0, 0, 0, -panels.shape[2] % 32))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from shutil import which
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from actors.engine.devices.cpu import kernels, layers
 from actors.engine.devices.cpu.layers import PackedGatedMLP, RMSNorm
 from actors.engine.engine import ContinuousEngine
+from actors.families import load_model
 from tests.actors.engine.subjects import subject
 from tests.actors.engine.test_parity import assert_equal, pool, run
 
@@ -112,3 +114,11 @@ def test_bfloat16_takes_the_fast_paths_and_float16_says_that_it_does_not() -> No
     record = ContinuousEngine(one.family, one.own_model().to(torch.float16)).record
     assert (record.attention, record.layers, record.experts) == ("sdpa", "stock", "loop")
     assert "none in float16" in record.why[0] and "no such dtype" in " ".join(record.why)
+
+
+def test_a_checkpoint_in_float16_computes_in_float32_and_says_so(tmp_path: Path) -> None:
+    one = subject("fuyu")
+    one.own_model().to(torch.float16).save_pretrained(tmp_path)
+    record = ContinuousEngine(one.family, load_model(str(tmp_path))).record
+    assert record.dtype == "float32"
+    assert record.why == ("dtype: a CPU has no fast path in float16, and float32 holds the same values",)
