@@ -178,7 +178,7 @@ def _experts_library(dtype: torch.dtype) -> ctypes.CDLL:
 def _compile(source: str, *more: str, **constants: int) -> ctypes.CDLL:
     """The library of `source`; in bfloat16 without the matrix unit where the system does not lend it."""
     library = _build(source, *more, **constants)
-    if source.endswith("16.c") and not library.ready():
+    if hasattr(library, "ready") and not library.ready():
         library = _build(source, "-mno-amx-bf16", "-mno-amx-tile", *more, **constants)
     return library
 
