@@ -1,5 +1,6 @@
-/* One query over its past, for keys and values of type `real`, which `load` and `save` turn into float32 and back. */
-/* q, out [rows, HEADS, GROUP, DIM]; keys, values [HEADS, capacity, DIM]; a row attends to [starts, ends). */
+/* One query over its past, for keys and values of type `real`, which `load` and `save` turn into float32 and back.
+
+   q, out [rows, HEADS, GROUP, DIM]; keys, values [HEADS, capacity, DIM]; a row attends to [starts, ends). */
 void decode(const real *q, const real *keys, const real *values, real *out, const long *starts, const long *ends,
             long rows, long capacity, float scale) {
     #pragma omp parallel for schedule(dynamic)
