@@ -117,6 +117,7 @@ class Session:
         except Exception as error:
             self.lease.fence.check()  # a worker may have met the fence before our own heartbeat did
             raise JobError(root_cause(error)) from error
+        self.lease.fence.check()  # one that did leaves its rows undone, without an error
 
     def _drain(self, why: str) -> None:
         self.show.phase(why)

@@ -61,6 +61,14 @@ def test_work_that_breaks_is_a_broken_job(lease):
         session_of(lease).watch(work, lambda: STALLED, str, lambda _: None)
 
 
+def test_work_that_ends_because_workers_met_the_fence_is_a_lost_lease(lease, tmp_path):
+    """They drain, which is no error; the driver's own heartbeat has noticed nothing yet."""
+    with acquire(Storage(str(tmp_path)), "other", True, lambda _: None):
+        assert not lease.lost
+        with pytest.raises(LeaseLost, match="took it over"):
+            session_of(lease).watch(lambda: None, lambda: STALLED, str, lambda _: None)
+
+
 def test_who_waits_for_room_notices_that_the_output_was_taken_over(lease):
     stream = io.StringIO()
     session = session_of(lease, Lines(stream))
