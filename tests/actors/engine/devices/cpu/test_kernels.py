@@ -38,19 +38,19 @@ def close(found: torch.Tensor, exact: torch.Tensor, scale: float) -> None:
         torch.testing.assert_close(found.float(), exact, rtol=2e-2, atol=1e-2 * scale)
 
 
-@pytest.fixture(params=["native", "vectors"], scope="module")
+@pytest.fixture(params=["native", "no AMX", "vectors"], scope="module")
 def matrix_unit(request: pytest.FixtureRequest) -> Iterator[None]:
-    """bfloat16 kernels with what this machine has, and as built where there is no matrix unit."""
-    build = cpu_kernels._build
-    if request.param == "vectors":
-        cpu_kernels._build = lambda source, *more, **shape: build(source, *more, *PLAIN, **shape)
+    """bfloat16 kernels with what this machine has, and as built where there is no matrix unit, or nothing at all."""
+    build, without = cpu_kernels._build, WITHOUT[request.param]
+    cpu_kernels._build = lambda source, *more, **shape: build(source, *more, *without, **shape)
     forget()
     yield
     cpu_kernels._build = build
     forget()
 
 
-PLAIN = ("-mno-amx-bf16", "-mno-amx-tile", "-mno-avx512bf16")
+NO_AMX = ("-mno-amx-bf16", "-mno-amx-tile")
+WITHOUT = {"native": (), "no AMX": NO_AMX, "vectors": (*NO_AMX, "-mno-avx512bf16")}
 
 
 def forget() -> None:
