@@ -56,7 +56,7 @@ def choose(part: str, paths: Sequence[Path], device: torch.device) -> Choice:
         except Exception as error:
             if device_is_lost(device):
                 raise DeviceLost(describe(error)) from error
-            against.append(f"{path.name}: {_reason(error)}")
+            against.append(f"{path.name}: {reason(error)}")
         else:
             return _chosen(part, path, against)
     return _chosen(part, paths[-1], against)
@@ -84,7 +84,7 @@ def _chosen(part: str, path: Path, against: Sequence[str]) -> Choice:
     return choice
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """One line: a proof's own words, or the error's."""
     text = str(error) if isinstance(error, Disagrees) else describe(error)
     return textwrap.shorten(text.splitlines()[0], _REASON) if text else type(error).__name__

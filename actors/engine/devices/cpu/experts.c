@@ -3,17 +3,12 @@
    Weights lie in panels of PANEL columns, so that what a tile reads is one stream:
    gate_up [experts, panels, width, PANEL], where a panel is PANEL / 2 gates and the values that they gate;
    down [experts, panels, inner, PANEL]. The last panel of each may end in zeros. */
-#include "tile.h"
+#include "experts.h"
 
 #define PANEL (NV * W)
 #define HALF (PANEL / 2)
 
 const long panel = PANEL;
-
-static inline float silu(float x) {
-    float e = exp_(x < 0 ? x : -x);
-    return x * (x < 0 ? e : 1) / (1 + e);
-}
 
 /* hidden, out [tokens, width]; chosen, shares [tokens, k]: a token's experts and their weights.
    A token's result does not depend on the others': its sums run over the same numbers in the same order. */
@@ -22,13 +17,7 @@ void experts(const float *hidden, const long *chosen, const float *shares, const
     const long pairs = tokens * k, panels = (inner + HALF - 1) / HALF, outs = (width + PANEL - 1) / PANEL;
     long *ends = calloc(count + 1, sizeof(long)), *token = malloc(sizeof(long) * pairs);
     float *share = malloc(sizeof(float) * pairs), *gated = aligned_alloc(64, sizeof(float) * pairs * panels * HALF);
-    /* Pairs of a token and an expert, sorted by expert: those of e are [ends[e - 1], ends[e]) once all are placed. */
-    for (long i = 0; i < pairs; i++) ends[chosen[i] + 1]++;
-    for (long e = 0; e < count; e++) ends[e + 1] += ends[e];
-    for (long i = 0; i < pairs; i++) {
-        long at = ends[chosen[i]]++;
-        token[at] = i / k; share[at] = shares[i];
-    }
+    by_expert(chosen, shares, pairs, k, count, ends, token, share);
     #pragma omp parallel
     {
         const float *rows[QB];

@@ -4,15 +4,11 @@
    16 gates and the values that they gate; down [experts, panels, inner / 2, 32, 2]. Zeros fill up what is no multiple of
    32 deep, or the last panel. */
 #include "tile16.h"
+#include "experts.h"
 
 #define HALF (COLUMNS / 2)
 
 const long panel = COLUMNS;
-
-static inline float silu(float x) {
-    float e = exp_(x < 0 ? x : -x);
-    return x * (x < 0 ? e : 1) / (1 + e);
-}
 
 /* hidden, out [tokens, width]; chosen, shares [tokens, k]: a token's experts and their weights.
    A token's result does not depend on the others': its sums run over the same numbers in the same order. */
@@ -25,13 +21,7 @@ void experts(const bf16 *hidden, const long *chosen, const float *shares, const 
     bf16 *rows = aligned_alloc(64, sizeof(bf16) * (pairs + ROWS) * deep);
     bf16 *gated = aligned_alloc(64, sizeof(bf16) * (pairs + ROWS) * within);
     float *share = malloc(sizeof(float) * pairs), *sums = aligned_alloc(64, sizeof(float) * tokens * outs * COLUMNS);
-    /* Pairs of a token and an expert, sorted by expert: those of e are [ends[e - 1], ends[e]) once all are placed. */
-    for (long i = 0; i < pairs; i++) ends[chosen[i] + 1]++;
-    for (long e = 0; e < count; e++) ends[e + 1] += ends[e];
-    for (long i = 0; i < pairs; i++) {
-        long at = ends[chosen[i]]++;
-        token[at] = i / k; share[at] = shares[i];
-    }
+    by_expert(chosen, shares, pairs, k, count, ends, token, share);
     #pragma omp parallel
     {
         float tile[ROWS][COLUMNS] __attribute__((aligned(64)));

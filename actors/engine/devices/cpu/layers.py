@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from actors.engine.devices.proof import Choice, check_close
+from actors.engine.devices.proof import Choice, check_close, reason
 
 _FUSED: dict[type, tuple[str, str]] = {
     type(ACT2FN["silu"]): ("swish", ""),
@@ -136,13 +136,16 @@ def prepare_layers(model: nn.Module) -> Choice:
             if build is None:
                 continue
             kind = type(child).__name__, *(parameter.shape for parameter in child.parameters())
+            if verdicts.get(kind):
+                continue
             packed = build(child)
             if kind not in verdicts:
                 verdicts[kind] = _against(packed, child)
             if not verdicts[kind]:
                 setattr(module, name, packed)
                 replaced += 1
-        _fuse_activation(module)
+        if against := _fuse_activation(module):
+            verdicts[f"{type(module).__name__}'s activation",] = against
     why = [f"{kind[0]}: {verdict}" for kind, verdict in verdicts.items() if verdict]
     if not replaced and not why:
         return Choice("stock", "packed: oneDNN computes in no such dtype here")
@@ -171,7 +174,7 @@ def _against(packed: nn.Module, stock: nn.Module) -> str:
             found, exact = (_first(module(*given)) for module in (packed, stock))
             check_close(found, exact, f"at {rows} rows")
     except Exception as error:
-        return str(error).splitlines()[0] if str(error) else type(error).__name__
+        return reason(error)
     return ""
 
 
@@ -220,12 +223,23 @@ def _is_plain_attention(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
     )
 
 
-def _fuse_activation(block: nn.Module) -> None:
-    """Lets a vision tower's first feed-forward layer apply the activation that follows it."""
+def _fuse_activation(block: nn.Module) -> str:
+    """Lets a vision tower's first feed-forward layer apply the activation that follows it, unless that computes
+    something else; returns what speaks against it."""
     layer, function = getattr(block, "fc1", None), getattr(block, "activation_fn", None)
-    if isinstance(layer, PackedLinear) and type(function) in _FUSED:
-        layer.then = _FUSED[type(function)]
-        block.activation_fn = nn.Identity()
+    if not (isinstance(layer, PackedLinear) and isinstance(function, nn.Module) and type(function) in _FUSED):
+        return ""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(7, layer.in_features, generator=generator).to(layer.weight.dtype)
+    exact = function(layer(x))
+    layer.then = _FUSED[type(function)]
+    try:
+        check_close(layer(x), exact, "at 7 rows")
+    except Exception as error:
+        layer.then = ("none", "")
+        return reason(error)
+    block.activation_fn = nn.Identity()
+    return ""
 
 
 @cache

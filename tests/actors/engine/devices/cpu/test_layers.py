@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import Qwen2Config
+from transformers.activations import ACT2FN
 from transformers.models.aria.modeling_aria import AriaTextRMSNorm
 from transformers.models.cohere2.modeling_cohere2 import Cohere2LayerNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm
 
+from actors.engine.devices.cpu import layers
 from actors.engine.devices.cpu.layers import (
     PackedAttention,
     PackedGatedMLP,
@@ -79,3 +81,31 @@ def test_other_types_stay_as_they_are() -> None:
         Qwen2RMSNorm,
         nn.MultiheadAttention,
     ]
+
+
+class Block(nn.Module):
+    """A vision tower's feed-forward block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.activation_fn = nn.Linear(16, 40), ACT2FN["gelu_pytorch_tanh"]
+        self.requires_grad_(False).eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation_fn(self.fc1(x))
+
+
+@pytest.mark.parametrize("lies", [False, True])
+def test_an_activation_is_fused_only_where_it_computes_the_same(
+    lies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if lies:
+        monkeypatch.setitem(layers._FUSED, type(ACT2FN["gelu_pytorch_tanh"]), ("swish", ""))
+    torch.manual_seed(0)
+    model = nn.Sequential(Block())
+    x = torch.randn(5, 16) * 3
+    exact = model(x)
+    choice = prepare_layers(model)
+    torch.testing.assert_close(model(x), exact, rtol=1e-5, atol=1e-5)
+    assert isinstance(model[0].activation_fn, nn.Identity) is not lies
+    assert ("Block's activation: differed by" in choice.why) is lies
